@@ -1,0 +1,172 @@
+"""The ranks of one job and their collectives: the only file that imports Horovod or mpi4py.
+
+Horovod moves tensors (NCCL rings on GPUs, MPI on CPUs). mpi4py moves small Python objects and the merged model's
+parts, for which Horovod has no gather. Both share one MPI: mpi4py is imported first because it asks MPI for
+`THREAD_MULTIPLE`, which Horovod's background thread needs.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+# Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
+# all-reduce of 2 ms takes 50 ms. Open MPI reads this when it is loaded; a value that the site has set wins.
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+from mpi4py import MPI  # isort: skip
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from app.cluster.failure import ExitCode, LockstepError, SettingsError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """This rank's place among all ranks, and the collectives over them.
+
+    Attributes:
+        rank: 0 ... size - 1 over the whole job.
+        size: the number of ranks of the job.
+        local_rank: 0 ... local_size - 1 on this node.
+        local_size: the number of ranks on this node.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    _mpi: MPI.Intracomm = field(repr=False)
+
+    @staticmethod
+    def start() -> "Cluster":
+        """Collective: join the job that a launcher started, or be the only rank."""
+        mpi = MPI.COMM_WORLD
+        hvd.init()
+        if hvd.size() != mpi.size:
+            if hvd.rank() != 0:
+                sys.exit(ExitCode.SETTINGS)
+            raise SettingsError(
+                f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
+                f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
+            )
+        node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        _divide_cores(node)
+        return Cluster(mpi.rank, mpi.size, node.rank, node.size, _device_of(node.rank), mpi)
+
+    @staticmethod
+    def alone() -> "Cluster":
+        """A cluster of this rank only, whatever the job: for a reference that no other rank takes part in."""
+        return Cluster(0, 1, 0, 1, torch.device("cpu"), MPI.COMM_SELF)
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def stop(self) -> None:
+        """Collective: leave the job in good order."""
+        hvd.shutdown()
+        MPI.Finalize()
+
+    def abort(self, exit_code: int) -> None:
+        """End every rank of the job at once, from this rank alone."""
+        self._mpi.Abort(exit_code)
+
+    # -- objects ---------------------------------------------------------------------------------------------------
+
+    def on_root(self, function: Callable[[], T]) -> T:
+        """Collective: rank 0 calls `function`, every rank returns what it returned (which must be picklable).
+
+        A `LockstepError` or `SystemExit` on rank 0 is raised on every rank, as a shared one.
+        """
+        answer: T | LockstepError | SystemExit = self._mpi.bcast(_attempt(function) if self.is_root else None)
+        return _value_of(answer)
+
+    def on_every_rank(self, function: Callable[[], T]) -> T:
+        """Collective: every rank calls `function`; if it fails on some, all raise the first failing rank's error."""
+        mine = _attempt(function)
+        node = MPI.Get_processor_name()
+        failures = self.all_gather_object((node, mine) if isinstance(mine, LockstepError) else None)
+        failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
+        if not failed:
+            return _value_of(mine)
+        rank, (node, error) = next(iter(failed.items()))
+        if len(failed) < self.size:
+            error.args = (f"rank {rank} on {node}: {error}",)
+        return _value_of(error)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Collective: every rank's `value`, in the order of the ranks."""
+        return self._mpi.allgather(value)
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor, name: str) -> Tensor:
+        """Collective: `tensor` summed over all ranks, in place. `name` must be the same on every rank."""
+        return hvd.allreduce_(tensor, op=hvd.Sum, name=name) if self.size > 1 else tensor
+
+    def broadcast_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Collective: rank 0's `tensors` overwrite every other rank's."""
+        if self.size > 1:
+            hvd.broadcast_parameters(tensors, root_rank=0)
+
+    def gather_parts(self, part: Tensor) -> list[Tensor]:
+        """Collective: every rank's flat `part` (lengths may differ) on rank 0, in the order of the ranks; else none."""
+        mine = part.detach().cpu().contiguous().view(torch.uint8).numpy()
+        num_bytes = self._mpi.gather(mine.size)
+        if num_bytes is None:
+            self._mpi.Gatherv(mine, None)
+            return []
+        gathered = torch.empty(sum(num_bytes), dtype=torch.uint8)
+        self._mpi.Gatherv(mine, (gathered.numpy(), num_bytes))
+        return [chunk.view(part.dtype) for chunk in gathered.split(num_bytes)]
+
+
+def mpi_version() -> str:
+    """The MPI library that this process has loaded, such as `Open MPI v5.0.11`."""
+    return MPI.Get_library_version().split(",")[0].strip()
+
+
+def horovod_operations() -> list[str]:
+    """What Horovod was built with."""
+    built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": hvd.nccl_built()}
+    return [name for name, is_built in built.items() if is_built]
+
+
+def _device_of(local_rank: int) -> torch.device:
+    """The GPU of this node-local rank; ranks beyond the number of GPUs share them in turn. The CPU where none is."""
+    if not (torch.cuda.is_available() and hvd.nccl_built()):
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _divide_cores(node: MPI.Comm) -> None:
+    """Collective over one node: as many compute threads as this rank's share of the cores that it may run on."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = os.sched_getaffinity(0)
+    ranks_on_them = node.allgather(cores).count(cores)
+    torch.set_num_threads(max(1, len(cores) // ranks_on_them))
+
+
+def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:
+    try:
+        return function()
+    except (LockstepError, SystemExit) as error:
+        return error
+
+
+def _value_of(answer: T | LockstepError | SystemExit) -> T:
+    if isinstance(answer, LockstepError):
+        answer.shared = True
+    if isinstance(answer, LockstepError | SystemExit):
+        raise answer
+    return answer

@@ -1,0 +1,55 @@
+"""Errors for people, and the exit code that each one ends the job with.
+
+A *shared* error was raised on every rank by the same collective (see `Cluster.on_root` and `Cluster.on_every_rank`):
+rank 0 tells it and all ranks leave in good order. Any other error belongs to one rank while the rest may wait for it
+in a collective: that rank tells it and aborts the whole job, so that nobody hangs.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a Lockstep program ends. The same table, in words, is docs/exit-codes.md."""
+
+    DONE = 0
+    BUG = 1
+    SETTINGS = 2
+    DATA = 3
+    REPLICAS_DIFFER = 4
+    STORAGE = 5
+    INTERRUPTED = 130
+
+
+class LockstepError(Exception):
+    """What is wrong, where, and what to do: shown as it is, without a traceback.
+
+    Attributes:
+        shared: raised on every rank alike, so that the ranks can leave together.
+    """
+
+    exit_code = ExitCode.BUG
+    shared = False
+
+
+class SettingsError(LockstepError):
+    """An unknown, wrong or contradictory setting."""
+
+    exit_code = ExitCode.SETTINGS
+
+
+class DataError(LockstepError):
+    """Data that is missing, unreadable or not what it claims to be."""
+
+    exit_code = ExitCode.DATA
+
+
+class ReplicasDifferError(LockstepError):
+    """Ranks that must hold the same model do not."""
+
+    exit_code = ExitCode.REPLICAS_DIFFER
+
+
+class StorageError(LockstepError):
+    """A run folder or file that cannot be written or read."""
+
+    exit_code = ExitCode.STORAGE

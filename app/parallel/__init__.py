@@ -1,0 +1,1 @@
+"""Where the model lives on the ranks, and how its parts are merged into one."""

@@ -1,0 +1,1 @@
+"""What is learned: a task builds the model, yields work, gives the loss and evaluates."""

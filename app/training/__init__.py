@@ -1,0 +1,1 @@
+"""The loop, the optimizer and what a run leaves behind."""

@@ -1,0 +1,66 @@
+"""What a run tells while it goes: lines and a bar for people, metrics for files. Rank 0 alone keeps it."""
+
+import json
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from app.training.run_folder import RunFolder, storage_errors
+
+
+class Journal:
+    """Use as a context manager. The files are complete after each line.
+
+    Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
+    """
+
+    def __init__(self, folder: RunFolder, num_updates: int) -> None:
+        """Raises StorageError where the folder cannot be written."""
+        with storage_errors():
+            self._metrics = folder.metrics.open("w")
+            self._events = SummaryWriter(str(folder.path))
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # lines then appear above the bar
+        )
+        self._bar = self._progress.add_task("updates", total=num_updates)
+
+    def __enter__(self) -> "Journal":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        self._events.close()
+
+    def advance(self, num_updates: int) -> None:
+        """Move the bar to `num_updates`."""
+        self._progress.update(self._bar, completed=num_updates)
+
+    def say(self, line: str) -> None:
+        """One line to the person."""
+        print(line, flush=True)
+
+    def record(self, kind: str, step: int, **values: float) -> None:
+        """One line of metrics.jsonl, {"kind": kind, "step": step, ...values}, and a point of each value's curve.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with storage_errors():
+            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)

@@ -1,0 +1,36 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+
+import torch
+from torch import nn
+
+from app.config import OptimizerSettings
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer of `settings` over all parameters of `model`, made once and kept through the run."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay)
+    build = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return build(model.parameters(), lr=rate, weight_decay=decay)
+
+
+def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:
+    """The learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then constant or a half cosine to 0.
+
+    With `scale_learning_rate` all of it is times `num_ranks` (Goyal et al. 2017, section 2.1).
+    """
+    highest = settings.learning_rate * (num_ranks if settings.scale_learning_rate else 1)
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return highest
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

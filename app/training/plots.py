@@ -1,0 +1,47 @@
+"""Pictures of a run, drawn without a screen."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # before pyplot is imported: no screen is needed
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+
+def plot_curves(metrics: Path, picture: Path) -> None:
+    """Loss and accuracy over updates, from `metrics` (metrics.jsonl), as a PNG."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for kind, style in (("train", "-"), ("held_out", "o-")):
+            chosen = [record for record in records if record["kind"] == kind]
+            steps, values = [record["step"] for record in chosen], [record[name] for record in chosen]
+            axis.plot(steps, values, style, label=kind.replace("_", "-"), markersize=4)
+        axis.set(xlabel="updates", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_yscale("log")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_mistakes(images: Tensor, titles: Sequence[str], picture: Path, heading: str) -> None:
+    """A grid of (n, channels, height, width) uint8 `images` with their titles, as a PNG."""
+    num_columns = 8
+    num_rows = max(1, -(-len(images) // num_columns))
+    figure, axes = plt.subplots(
+        num_rows, num_columns, figsize=(1.5 * num_columns, 1.9 * num_rows + 0.5), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images.cpu().to(torch.uint8), titles, strict=False):
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r")
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(heading)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,140 @@
+"""The folder that a run leaves behind. Rank 0 alone touches it.
+
+settings.yaml      every setting of the run, ready for --config
+environment.json   versions, hardware, the ranks and how they were started
+metrics.jsonl      one JSON object a log line
+events.out...      the same for TensorBoard
+curves.png         loss and accuracy
+model.safetensors  the merged model
+summary.json       how it ended
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from app.cluster.failure import SettingsError, StorageError
+from app.config import Settings, dump_settings, load_settings
+
+DEFAULT_PARENT = Path("runs")
+LATEST = "latest"
+
+
+class RunFolder:
+    """Where one run's files are, and how they are written and read: whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(settings: Settings) -> "RunFolder":
+        """A new folder at `run_dir`, or under runs/ by date and time with the link runs/latest to it.
+
+        Raises:
+            SettingsError: `run_dir` holds something already.
+            StorageError: it cannot be made or written.
+        """
+        with storage_errors():
+            if settings.run_dir is None:
+                folder = RunFolder(_new_folder_by_time())
+                _point_latest_at(folder.path)
+            else:
+                folder = RunFolder(Path(settings.run_dir))
+                folder.path.mkdir(parents=True, exist_ok=True)
+                if any(folder.path.iterdir()):
+                    raise SettingsError(f"run_dir is {folder.path}: it is not empty; name a new folder or remove it")
+            folder.write("settings.yaml", dump_settings(settings))
+        return folder
+
+    @staticmethod
+    def open(path: Path) -> "RunFolder":
+        """The folder of a finished run.
+
+        Raises:
+            StorageError: it is not there or holds no merged model.
+        """
+        folder = RunFolder(path)
+        if not (path / "model.safetensors").is_file():
+            raise StorageError(f"{path} is not the folder of a finished run: it holds no model.safetensors")
+        return folder
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def settings(self) -> Settings:
+        return load_settings(self.path / "settings.yaml")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file: under a temporary name, then renamed."""
+        with _replacing(self.path / name) as temporary:
+            temporary.write_text(text)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Save the merged model."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        with _replacing(self.path / "model.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary)
+
+    def load_model(self) -> dict[str, Tensor]:
+        """The merged model.
+
+        Raises:
+            StorageError: it cannot be read, or is torn.
+        """
+        path = self.path / "model.safetensors"
+        try:
+            return safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StorageError(
+                f"{path} cannot be read as a model ({error}): the file is torn or was altered"
+            ) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well and is removed when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with storage_errors():
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn what the file system refuses into a `StorageError` that says what to do."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(f"cannot write: {error}. Free some space, or set --run_dir to a folder of yours") from error
+
+
+def _new_folder_by_time() -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            path = DEFAULT_PARENT / f"{stamp}{suffix}"
+            path.mkdir(parents=True)
+            return path
+    raise FileExistsError(f"{DEFAULT_PARENT / stamp} and a thousand more")
+
+
+def _point_latest_at(path: Path) -> None:
+    link = path.with_name(LATEST)
+    temporary = path.with_name(f".{LATEST}.{os.getpid()}")
+    temporary.symlink_to(path.name)
+    temporary.replace(link)

@@ -1,0 +1,69 @@
+"""Starts real commands for tests: with a time-out, and with nothing of them left behind."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = dict(os.environ)  # as it was before this process itself became an MPI process
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        return f"{self.stdout}\n{self.stderr}"
+
+
+def launch(
+    command: Sequence[str] | str,
+    timeout_seconds: float = 120,
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run `command` (a string: by bash) to its end.
+
+    Raises:
+        AssertionError: it did not end in time; it and every process that it started are killed, by id.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command if isinstance(command, str) else list(command),
+        shell=isinstance(command, str),
+        executable="/bin/bash" if isinstance(command, str) else None,
+        cwd=cwd,
+        env={**ENVIRONMENT, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        stdout, stderr = _kill(process)
+        raise AssertionError(f"{command} did not end in {timeout_seconds} s:\n{stdout}\n{stderr}") from None
+    return Finished(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def _kill(process: subprocess.Popen[str]) -> tuple[str, str]:
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)  # a launcher passes it on
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        member.kill()
+    return process.communicate()

@@ -1,0 +1,94 @@
+"""Promise 1: the same answer on any number of ranks.
+
+In float64 with dropout off, the loss curve of 2, 3 and 4 ranks is that of one rank to 1e-10, for each kind of sharding
+and with a global batch that the ranks do not divide. Each rank computes the one-rank reference for itself, beside it.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.cluster.comm import Cluster
+from app.config import DataSettings, ModelSettings, OptimizerSettings, Settings
+from app.parallel.merge import state_digest
+from app.parallel.replicated import Replicated
+from app.tasks.classify import Classify, Evaluation
+from app.training.loop import train
+from app.training.optim import build_optimizer
+from app.training.run_folder import RunFolder
+from app.training.seeding import seed_shared
+
+TOLERANCE = 1e-10
+NUM_SAMPLES = 100  # with a global batch of 22: the last batch has 12 samples, no batch divides by 3 or 4
+BATCH_SIZE = 22
+
+SETTINGS = Settings(
+    num_epochs=2,
+    precision="float64",
+    log_interval=1,
+    data=DataSettings(name="synthetic", num_samples=NUM_SAMPLES, batch_size=BATCH_SIZE),
+    model=ModelSettings(dropout1=0.0, dropout2=0.0),
+    optimizer=OptimizerSettings(name="sgd", learning_rate=0.02, momentum=0.9, weight_decay=1e-3, warmup_steps=3),
+)
+
+
+class Run:
+    """One training to its end, and what it left."""
+
+    def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        task = Classify(settings, cluster)
+        seed_shared(settings.seed)
+        model = task.build_model()
+        strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
+        strategy.synchronise()
+        self.evaluation: Evaluation = train(cluster, settings, task, strategy, RunFolder(folder)).evaluation
+        self.state: dict[str, Tensor] = model.state_dict()
+        self.merged = strategy.full_state()
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        self.losses = [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def _compare(cluster: Cluster, settings: Settings, tmp_path: Path) -> None:
+    together_folder = cluster.on_root(lambda: tmp_path / "together")
+    together = Run(cluster, settings, together_folder)
+    alone = Run(Cluster.alone(), settings, tmp_path / f"alone-{cluster.rank}")
+    assert len(alone.losses) == 2 * 5
+    assert together.losses == pytest.approx(alone.losses, rel=TOLERANCE, abs=TOLERANCE)
+    assert len(set(alone.losses)) == 10  # or the comparison shows nothing
+    for name, tensor in alone.state.items():
+        torch.testing.assert_close(together.state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE)
+    assert together.evaluation.num_samples == NUM_SAMPLES
+    assert torch.equal(together.evaluation.confusion, alone.evaluation.confusion)
+    assert together.evaluation.loss == pytest.approx(alone.evaluation.loss, rel=TOLERANCE)
+    assert len(set(cluster.all_gather_object(state_digest(together.state)))) == 1
+    if together.merged is not None:
+        assert state_digest(together.merged) == state_digest(together.state)
+
+
+@pytest.mark.parametrize("sharding", ["contiguous", "random", "hash"])
+@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3, 4)])
+def test_any_number_of_ranks_gives_the_same_answer(
+    cluster: Cluster, size: int, sharding: Literal["contiguous", "random", "hash"], tmp_path: Path
+) -> None:
+    assert cluster.size == size
+    _compare(cluster, replace(SETTINGS, data=replace(SETTINGS.data, sharding=sharding)), tmp_path)
+
+
+@pytest.mark.world_size(4)
+def test_a_last_batch_with_fewer_samples_than_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    """90 samples in batches of 22: the last has 2, so two ranks of four have none."""
+    settings = replace(SETTINGS, data=replace(SETTINGS.data, num_samples=90))
+    together = Run(cluster, settings, cluster.on_root(lambda: tmp_path / "together"))
+    alone = Run(Cluster.alone(), settings, tmp_path / f"alone-{cluster.rank}")
+    assert together.losses == pytest.approx(alone.losses, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.world_size(2)
+def test_adam_too(cluster: Cluster, tmp_path: Path) -> None:
+    _compare(cluster, replace(SETTINGS, optimizer=OptimizerSettings(name="adam", learning_rate=1e-3)), tmp_path)

@@ -1,0 +1,127 @@
+"""Parameter sync, replicas and the merge over real ranks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app.cluster.comm import Cluster
+from app.cluster.failure import ReplicasDifferError
+from app.data.image_set import ImageSet
+from app.data.loader import Batch, BatchLoader
+from app.parallel.merge import state_digest
+from app.parallel.replicated import Replicated
+from app.training.metrics import Window
+from app.training.seeding import seed_rank
+
+
+def _model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).double()
+
+
+def _strategy(model: nn.Module, cluster: Cluster) -> Replicated:
+    return Replicated(model, torch.optim.SGD(model.parameters(), lr=0.1), cluster)
+
+
+def _loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum")
+    return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
+
+
+def _batch(cluster: Cluster, num_samples: int) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (num_samples, 1, 2, 2), generator=generator).to(torch.uint8)
+    labels = torch.randint(0, 3, (num_samples,), generator=generator)
+    data = ImageSet(images, labels, num_classes=3)
+    return next(BatchLoader(data, num_samples, "hash", cluster.rank, cluster.size, 0, torch.float64).rest_of_epoch())
+
+
+@pytest.mark.world_size(3)
+def test_all_ranks_take_the_model_of_rank_0(cluster: Cluster) -> None:
+    model = _model(seed=cluster.rank)
+    before = cluster.all_gather_object(state_digest(model))
+    assert len(set(before)) == 3
+    _strategy(model, cluster).synchronise()
+    assert cluster.all_gather_object(state_digest(model)) == [before[0]] * 3
+
+
+@pytest.mark.world_size(3)
+def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Cluster) -> None:
+    """11 samples over 3 ranks: the mean of the ranks' means would weigh samples unequally."""
+    model = _model(seed=1).eval()
+    _strategy(model, cluster).update([_batch(cluster, 11)], _loss_sum)
+    reference = _model(seed=1).eval()
+    whole = _batch(Cluster.alone(), 11)
+    F.cross_entropy(reference(whole.inputs), whole.targets).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.world_size(3)
+def test_micro_batches_add_up_to_their_whole(cluster: Cluster) -> None:
+    """Accumulation: one update from two micro-batches is the update from both as one global batch."""
+    model, reference = _model(seed=1).eval(), _model(seed=1).eval()
+    first, second = _batch(cluster, 11), _batch(cluster, 4)
+    tally = _strategy(model, cluster).update([first, second], _loss_sum)
+    assert int(tally[2]) == len(first.ids) + len(second.ids)
+    for whole in (_batch(Cluster.alone(), 11), _batch(Cluster.alone(), 4)):
+        (F.cross_entropy(reference(whole.inputs), whole.targets, reduction="sum") / 15).backward()
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.world_size(3)
+def test_the_merged_model_is_every_ranks_model(cluster: Cluster) -> None:
+    model = _model(seed=2)
+    strategy = _strategy(model, cluster)
+    strategy.synchronise()
+    merged = strategy.full_state()
+    assert (merged is not None) == cluster.is_root
+    if merged is not None:
+        assert list(merged) == list(model.state_dict())
+        assert all(torch.equal(merged[name], tensor) for name, tensor in model.state_dict().items())
+        assert merged["2.num_batches_tracked"].shape == ()
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("drifted_rank", [1, 2])
+def test_a_replica_that_drifted_by_one_bit_is_named_at_the_merge(cluster: Cluster, drifted_rank: int) -> None:
+    model = _model(seed=2)
+    strategy = _strategy(model, cluster)
+    strategy.synchronise()
+    if cluster.rank == drifted_rank:
+        model.get_parameter("1.weight").data.view(torch.int64)[3, 1] ^= 1
+    with pytest.raises(ReplicasDifferError, match=rf"rank {drifted_rank} does not") as caught:
+        strategy.full_state()
+    assert caught.value.shared
+
+
+@pytest.mark.world_size(3)
+def test_scores_count_each_sample_once(cluster: Cluster) -> None:
+    window = Window(cluster.device)
+    window.add(torch.tensor([8.0, 1.0, 2.0], dtype=torch.float64))
+    window.add(torch.tensor([2.0 * cluster.rank, 1.0, cluster.rank], dtype=torch.float64))
+    mean, last = window.reduce(cluster)
+    assert (mean.loss, mean.accuracy, mean.num_samples) == (30 / 9, 6 / 9, 9)
+    assert (last.loss, last.accuracy, last.num_samples) == (2.0, 1.0, 3)
+    assert window.reduce(cluster)[0].num_samples == 0
+
+
+@pytest.mark.world_size(3)
+def test_ranks_draw_different_random_numbers_after_seeding(cluster: Cluster) -> None:
+    seed_rank(7, cluster.rank)
+    assert len(set(cluster.all_gather_object(torch.rand(1).item()))) == 3
+
+
+@pytest.mark.world_size(2)
+def test_replicas_stay_equal_over_updates_with_dropout(cluster: Cluster) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).double()
+    strategy = _strategy(model, cluster)
+    strategy.synchronise()
+    seed_rank(0, cluster.rank)
+    for _ in range(5):
+        strategy.update([_batch(cluster, 9)], _loss_sum)
+    digests = cluster.all_gather_object(state_digest(model))
+    assert len(set(digests)) == 1
