@@ -24,7 +24,7 @@ from app.cluster.failure import SettingsError
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "LOCKSTEP"
-OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "PYTHON", "SITE_TORCH", "VENV")}  # read by env/
+OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "PYTHON", "SITE_TORCH", "VENV")}  # read by env/
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

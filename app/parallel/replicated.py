@@ -89,9 +89,8 @@ class Replicated:
         majority, _ = Counter(digests).most_common(1)[0]
         differing = [rank for rank, digest in enumerate(digests) if digest != majority]
         if differing:
-            error = ReplicasDifferError(
-                f"the replicas differ {when}: rank {', '.join(map(str, differing))} does not hold the model of the others"
-            )
+            ranks = ", ".join(map(str, differing))
+            error = ReplicasDifferError(f"the replicas differ {when}: rank {ranks} does not hold the others' model")
             error.shared = True
             raise error
         return majority

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines and a bar for people, metrics for files. Rank 0 alone keeps it."""
+"""What a run tells while it goes: lines and a bar for people, metrics for files."""
 
 import json
 import sys
@@ -12,7 +12,28 @@ from app.training.run_folder import RunFolder, storage_errors
 
 
 class Journal:
-    """Use as a context manager. The files are complete after each line.
+    """The journal of every rank but 0: it keeps silent. Use as a context manager."""
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def advance(self, num_updates: int) -> None:
+        """Move the bar to `num_updates`."""
+
+    def say(self, line: str) -> None:
+        """One line to the person."""
+
+    def record(self, kind: str, step: int, epoch: int, loss: float, accuracy: float, **others: float) -> None:
+        """One point of the curves `kind` (train or held_out), after `step` updates."""
+
+
+class RootJournal(Journal):
+    """The journal of rank 0: metrics.jsonl and TensorBoard events, complete after each record.
 
     Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
     """
@@ -34,7 +55,7 @@ class Journal:
         )
         self._bar = self._progress.add_task("updates", total=num_updates)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RootJournal":
         self._progress.start()
         return self
 
@@ -42,25 +63,22 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._metrics.close()
-        self._events.close()
+        with storage_errors():  # closing writes what a full disk refused before
+            self._metrics.close()
+            self._events.close()
 
     def advance(self, num_updates: int) -> None:
-        """Move the bar to `num_updates`."""
         self._progress.update(self._bar, completed=num_updates)
 
     def say(self, line: str) -> None:
-        """One line to the person."""
         print(line, flush=True)
 
-    def record(self, kind: str, step: int, **values: float) -> None:
-        """One line of metrics.jsonl, {"kind": kind, "step": step, ...values}, and a point of each value's curve.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+    def record(self, kind: str, step: int, epoch: int, loss: float, accuracy: float, **others: float) -> None:
+        """Raises StorageError where it cannot be written."""
+        values = {"loss": loss, "accuracy": accuracy, **others}
         with storage_errors():
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.flush()

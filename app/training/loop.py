@@ -1,6 +1,5 @@
-"""The training loop: update, metrics, evaluation. Every rank runs it in step; rank 0 also keeps the journal."""
+"""The training loop: update, metrics, evaluation. Every rank runs it in step; rank 0 keeps the journal."""
 
-import contextlib
 import time
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ from app.cluster.comm import Cluster
 from app.config import Settings
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify, Evaluation
-from app.training.journal import Journal
+from app.training.journal import Journal, RootJournal
 from app.training.metrics import Window
 from app.training.optim import learning_rate_at, set_learning_rate
 from app.training.run_folder import RunFolder
@@ -21,14 +20,18 @@ class Outcome:
     Attributes:
         evaluation: of the final model, over all held-out samples.
         num_updates: optimizer steps.
-        seconds: of training alone, without evaluation.
-        images_per_second: over all ranks.
+        num_images: samples learned from, over all ranks and epochs.
+        seconds: of the updates alone, without evaluation.
     """
 
     evaluation: Evaluation
     num_updates: int
+    num_images: int
     seconds: float
-    images_per_second: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.num_images / max(self.seconds, 1e-9)
 
 
 def train(cluster: Cluster, settings: Settings, task: Classify, strategy: Replicated, folder: RunFolder) -> Outcome:
@@ -41,8 +44,7 @@ def train(cluster: Cluster, settings: Settings, task: Classify, strategy: Replic
     window = Window(cluster.device)
     step, num_images, seconds = 0, 0, 0.0
     evaluation = None
-    with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(Journal(folder, num_updates)) if cluster.is_root else None
+    with RootJournal(folder, num_updates) if cluster.is_root else Journal() as journal:
         for epoch in range(settings.num_epochs):
             started = time.perf_counter()
             for batch in loader.rest_of_epoch():
@@ -50,32 +52,20 @@ def train(cluster: Cluster, settings: Settings, task: Classify, strategy: Replic
                 set_learning_rate(strategy.optimizer, learning_rate)
                 window.add(strategy.update([batch], task.loss_sum))
                 step, num_images = step + 1, num_images + batch.global_size
-                if batch.index % settings.log_interval == 0:
+                journal.advance(step)
+                is_line = batch.index % settings.log_interval == 0
+                if is_line or step == num_updates:
                     mean, last = window.reduce(cluster)
-                    if journal:
+                    journal.record("train", step, epoch, mean.loss, mean.accuracy, learning_rate=learning_rate)
+                    if is_line:
                         journal.say(f"Epoch: {epoch}, Batch: {batch.index}, Loss: {last.loss:.4f}")
-                        journal.record(
-                            "train",
-                            step,
-                            epoch=epoch,
-                            loss=mean.loss,
-                            accuracy=mean.accuracy,
-                            learning_rate=learning_rate,
-                        )
-                if journal:
-                    journal.advance(step)
             seconds += time.perf_counter() - started
             evaluation = None
             if settings.evaluate_every and (epoch + 1) % settings.evaluate_every == 0:
-                evaluation = _evaluate(task, strategy, journal, step, epoch)
-        evaluation = evaluation or _evaluate(task, strategy, journal, step, settings.num_epochs - 1)
-    return Outcome(evaluation, step, seconds, num_images / max(seconds, 1e-9))
-
-
-def _evaluate(task: Classify, strategy: Replicated, journal: Journal | None, step: int, epoch: int) -> Evaluation:
-    """Collective."""
-    evaluation = task.evaluate(strategy.model)
-    if journal:
-        journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
-        journal.record("held_out", step, epoch=epoch, loss=evaluation.loss, accuracy=evaluation.accuracy)
-    return evaluation
+                evaluation = task.evaluate(strategy.model)
+                journal.record("held_out", step, epoch, evaluation.loss, evaluation.accuracy)
+                journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
+        if evaluation is None:
+            evaluation = task.evaluate(strategy.model)
+            journal.record("held_out", step, settings.num_epochs, evaluation.loss, evaluation.accuracy)
+    return Outcome(evaluation, step, num_images, seconds)

@@ -1,0 +1,55 @@
+"""The rules of the house, read from the source."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.cluster.failure import ExitCode
+from tests.launching import ROOT
+
+APP = ROOT / "app"
+SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
+LAYERS = (("cluster", "data", "models", "config"), ("parallel", "tasks", "training"), ("programs",))
+
+
+def _imports(source: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def _layer(room: str) -> int:
+    return next((index for index, rooms in enumerate(LAYERS) if room in rooms), len(LAYERS) - 1)
+
+
+@pytest.mark.parametrize("source", sorted(APP.rglob("*.py")), ids=lambda path: str(path.relative_to(APP)))
+def test_imports_run_one_way_and_only_comm_knows_mpi(source: Path) -> None:
+    inside = source.relative_to(APP)
+    room = inside.parts[0].removesuffix(".py")
+    for name in _imports(source):
+        if name.split(".")[0] in ("horovod", "mpi4py"):
+            assert inside == Path("cluster/comm.py"), f"{inside} imports {name}"
+        if name.startswith("app.") and room != "__init__":
+            assert _layer(name.split(".")[1]) <= _layer(room), f"{inside} imports {name}"
+
+
+def test_nothing_under_app_hides_a_module_of_the_standard_library() -> None:
+    """`python app/train.py` puts app/ first on the path of modules."""
+    assert not {path.stem for path in APP.iterdir()} & set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_can_be_read_in_one_sitting(source: Path) -> None:
+    assert len(source.read_text().splitlines()) <= 300
+
+
+def test_the_docs_have_every_exit_code() -> None:
+    table = (ROOT / "docs" / "exit-codes.md").read_text()
+    documented = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", table, flags=re.MULTILINE)}
+    assert documented == {code.value: code.name for code in ExitCode}

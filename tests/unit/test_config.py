@@ -1,0 +1,105 @@
+"""Settings: read from everywhere, checked, told about in one sentence, and read back as they were saved."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.cluster.failure import ExitCode, SettingsError
+from app.config import PRESETS, Settings, dump_settings, load_settings, parse_settings
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parse_settings([]) == Settings()
+
+
+def test_the_seed_preset_is_the_seeds_run() -> None:
+    settings = parse_settings(["--config", "seed"])
+    optimizer = settings.optimizer
+    assert (settings.num_epochs, settings.data.batch_size, settings.log_interval) == (1, 32, 100)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("sgd", 0.01, "constant")
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.warmup_steps) == (0, 0, 0)
+    assert (settings.model.dropout1, settings.model.dropout2) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_every_preset_is_read_and_differs_from_the_defaults(preset: str) -> None:
+    assert parse_settings(["--config", preset]) != Settings()
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 2\nnum_epochs: 3\n")
+    monkeypatch.setenv("LOCKSTEP_SEED", "1")
+    monkeypatch.setenv("LOCKSTEP_NUM_EPOCHS", "1")
+    monkeypatch.setenv("LOCKSTEP_DATA__BATCH_SIZE", "17")
+    settings = parse_settings(["--config", str(file), "--num_epochs", "4"])
+    assert (settings.data.batch_size, settings.seed, settings.num_epochs) == (17, 2, 4)
+
+
+def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
+    settings = parse_settings(["--config", "seed", "--seed", "5", "--data.batch_size_per_rank", "4"])
+    (tmp_path / "settings.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "settings.yaml") == settings
+    assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nonsense", "1"], "nonsense"),
+        (["--num_epoch", "1"], r"--num_epoch 1\s+Did you mean --num_epochs"),
+        (["--learning_rate", "1"], r"Did you mean --optimizer\.learning_rate"),
+        (["--num_epochs", "many"], "num_epochs"),
+        (["--num_epochs", "-1"], "must not be negative"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--log_interval", "0"], "at least 1"),
+        (["--evaluate_every", "-1"], "negative"),
+        (["--data.name", "imagenet"], "data.name"),
+        (["--data.batch_size", "0"], "data.batch_size is 0"),
+        (["--data.batch_size_per_rank", "0"], "data.batch_size_per_rank is 0"),
+        (["--data.num_samples", "0"], "data.num_samples is 0"),
+        (["--data.sharding", "hashed"], "data.sharding"),
+        (["--model.dropout1", "1"], "model.dropout1 is 1"),
+        (["--model.dropout2", "-0.1"], "model.dropout2 is -0.1"),
+        (["--optimizer.learning_rate", "0"], "optimizer.learning_rate is 0"),
+        (["--optimizer.learning_rate", ".nan"], "optimizer.learning_rate is nan"),
+        (["--optimizer.momentum", "1"], "optimizer.momentum is 1"),
+        (["--optimizer.weight_decay", "-1"], "optimizer.weight_decay is -1"),
+        (["--optimizer.warmup_steps", "-1"], "optimizer.warmup_steps is -1"),
+        (["--optimizer.scale_learning_rate", "true"], "batch_size_per_rank"),
+        (["--config", "no-such"], r"no preset of that name \(presets: .*seed"),
+        (["--precision", "float16"], "precision"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        parse_settings(arguments)
+    assert caught.value.exit_code == ExitCode.SETTINGS
+
+
+def test_an_unknown_setting_in_a_file_or_in_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong.yaml").write_text("data:\n  bach_size: 3\n")
+    with pytest.raises(SettingsError, match="bach_size"):
+        parse_settings(["--config", str(tmp_path / "wrong.yaml")])
+    monkeypatch.setenv("LOCKSTEP_NUM_EPOCH", "3")
+    with pytest.raises(SettingsError, match="LOCKSTEP_NUM_EPOCH"):
+        parse_settings([])
+
+
+def test_a_settings_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("{{{")
+    for file in (tmp_path / "settings.yaml", tmp_path / "missing.yaml"):
+        with pytest.raises(SettingsError, match=str(file)):
+            load_settings(file)
+
+
+def test_the_global_batch_is_said_either_way() -> None:
+    data = Settings().data
+    assert replace(data, batch_size=32).global_batch_size(num_ranks=4) == 32
+    assert replace(data, batch_size_per_rank=8).global_batch_size(num_ranks=4) == 32

@@ -1,0 +1,73 @@
+"""The data sets: real digits that need no network, MNIST's errors, synthetic images."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.cluster.failure import DataError, ExitCode
+from app.data import digits
+from app.data.digits import load_digits
+from app.data.mnist import load_mnist
+from app.data.synthetic import load_synthetic
+
+
+def test_digits_are_5000_real_ones_split_evenly_by_class() -> None:
+    train, held_out = load_digits(train=True), load_digits(train=False)
+    assert train.images.shape == (4000, 1, 28, 28)
+    assert held_out.images.shape == (1000, 1, 28, 28)
+    assert train.labels.bincount().tolist() == [400] * 10
+    assert held_out.labels.bincount().tolist() == [100] * 10
+    assert train.images.dtype == torch.uint8
+    assert int(train.images.max()) == 255
+    # Ink: MNIST's mean pixel is 0.1307, that of these 5,000 close to it. Noise or a wrong column would be far off.
+    assert float(train.images.double().mean() / 255) == pytest.approx(0.13, abs=0.01)
+
+
+def test_no_digit_is_both_learned_from_and_held_out() -> None:
+    rows = [{row.numpy().tobytes() for row in load_digits(train).images} for train in (True, False)]
+    assert len(rows[1]) == 1000
+    assert not rows[0] & rows[1]
+
+
+def test_a_missing_digits_file_is_told_with_its_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(digits, "files", lambda _: tmp_path)
+    with pytest.raises(DataError, match="env/setup") as caught:
+        load_digits(train=True)
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def _write_mnist(folder: Path, num_samples: int) -> None:
+    """A tiny MNIST in the real files' format."""
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = np.arange(num_samples * 784, dtype=np.uint32).astype(np.uint8)
+        header = struct.pack(">IIII", 2051, num_samples, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = np.arange(num_samples, dtype=np.uint8) % 10
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, num_samples) + labels.tobytes())
+
+
+def test_mnist_is_read_from_its_files(tmp_path: Path) -> None:
+    _write_mnist(tmp_path / "MNIST" / "raw", num_samples=12)
+    images = load_mnist(tmp_path, train=True)
+    assert images.images.shape == (12, 1, 28, 28)
+    assert images.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert images.images.flatten()[:300].tolist() == [index % 256 for index in range(300)]
+
+
+def test_missing_mnist_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root"):
+        load_mnist(tmp_path / "nowhere", train=True)
+
+
+def test_synthetic_images_can_be_learned_and_are_always_the_same() -> None:
+    train, held_out = load_synthetic(200, train=True), load_synthetic(200, train=False)
+    assert not torch.equal(train.images, held_out.images)
+    assert zlib.crc32(train.images.numpy().tobytes()) == zlib.crc32(load_synthetic(200, True).images.numpy().tobytes())
+    centres = torch.stack([train.images[train.labels == label].double().mean(0) for label in range(10)])
+    distances = (held_out.images.double().unsqueeze(1) - centres).square().sum((2, 3, 4))
+    assert (distances.argmin(1) == held_out.labels).double().mean() > 0.99
