@@ -1,0 +1,133 @@
+"""Every change that Lockstep makes to the source of Horovod 0.28.1 (2023), the last release, and why.
+
+A patch names the text that it replaces. If that text is not there exactly once, the patch fails: a silent miss would
+show hours later, as a compiler error or as a launcher that hangs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HOROVOD_VERSION = "0.28.1"
+
+
+class PatchError(Exception):
+    """The source is not the one that the patch was written for."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Replace `old`, which stands exactly once in `file`, by `new`."""
+
+    file: str
+    old: str
+    new: str
+    why: str
+
+    def apply(self, text: str) -> str:
+        found = text.count(self.old)
+        if found != 1:
+            raise PatchError(f"{self.file}: found {found} times, expected once: {self.old!r} (patch: {self.why})")
+        return text.replace(self.old, self.new)
+
+
+def patches_for(cxx_standard: int) -> list[Patch]:
+    """The patches, with the C++ standard that the headers of the torch at hand need."""
+    standard = "the headers of current PyTorch need C++17 or C++20, Horovod asks for C++14"
+    two_dashes = "Open MPI 5 rejects long options with one dash; versions 4 and 5 both take two"
+    distutils = "Python 3.12 has no distutils"
+    mpi_run = "horovod/runner/mpi_run.py"
+    return [
+        # -- compiling
+        Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {cxx_standard})", standard),
+        Patch(
+            "horovod/torch/CMakeLists.txt",
+            "set(CMAKE_CXX_STANDARD 14)",
+            f"set(CMAKE_CXX_STANDARD {cxx_standard})",
+            standard,
+        ),
+        Patch(
+            "third_party/gloo/CMakeLists.txt",
+            "cmake_minimum_required(VERSION 2.8.12 FATAL_ERROR)",
+            "cmake_minimum_required(VERSION 3.13 FATAL_ERROR)",
+            "CMake 4 refuses projects that ask for a CMake older than 3.5",
+        ),
+        Patch(
+            "CMakeLists.txt",
+            "set(CMAKE_CXX_STANDARD_REQUIRED ON)",
+            "set(CMAKE_CXX_STANDARD_REQUIRED ON)\n"
+            "set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\n"
+            'set(CMAKE_INSTALL_RPATH "$ENV{LOCKSTEP_RPATH}")',
+            "the cached wheel must find MPI in whichever environment it is installed, not in the one it was built in",
+        ),
+        Patch(
+            "cmake/Modules/FindPytorch.cmake",
+            'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)',
+            'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
+            'if(NOT DEFINED ENV{HOROVOD_GPU_OPERATIONS})\n    set(Pytorch_CUDA "FALSE")\nendif()',
+            "a CPU build must stay one beside a CUDA toolkit that does not fit torch's",
+        ),
+        Patch(
+            "setup.py",
+            "else 'RelWithDebInfo'",
+            "else 'Release'",
+            "the same -O3 code without debug information: faster to compile, a tenth of the size",
+        ),
+        Patch(
+            "horovod/common/ops/cuda/CMakeLists.txt",
+            "add_library(compatible_horovod_cuda_kernels cuda_kernels.cu)",
+            "add_library(compatible_horovod_cuda_kernels EXCLUDE_FROM_ALL cuda_kernels.cu)",
+            "compile the kernels for the pre-2015 C++ ABI only if a target asks for them",
+        ),
+        Patch(
+            "horovod/torch/CMakeLists.txt",
+            "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+            "import sysconfig; print(sysconfig.get_path('include'))",
+            distutils,
+        ),
+        # -- launching
+        Patch(
+            "horovod/runner/js_run.py",
+            "from distutils.spawn import find_executable",
+            "from shutil import which as find_executable",
+            distutils,
+        ),
+        Patch(
+            mpi_run,
+            "_OMPI_FLAGS = ['-mca pml ob1', '-mca btl ^openib']",
+            "_OMPI_FLAGS = ['--mca pml ob1', '--mca btl ^openib']",
+            two_dashes,
+        ),
+        Patch(
+            mpi_run,
+            "return list(_OMPI_FLAGS), list(_NO_BINDING_ARGS), _OMPI_IMPL",
+            "return list(_OMPI_FLAGS), ['--bind-to none', '--map-by slot'], _OMPI_IMPL",
+            two_dashes + " (MPICH shares _NO_BINDING_ARGS, and keeps it)",
+        ),
+        Patch(mpi_run, "f'-mca plm_rsh_args", "f'--mca plm_rsh_args", two_dashes),
+        Patch(mpi_run, "'-mca btl_tcp_if_include", "'--mca btl_tcp_if_include", two_dashes),
+        Patch(mpi_run, "'-mca plm_rsh_no_tree_spawn", "'--mca plm_rsh_no_tree_spawn", two_dashes),
+        Patch(mpi_run, "'-mca plm_rsh_num_concurrent", "'--mca plm_rsh_num_concurrent", two_dashes),
+        Patch(
+            "horovod/runner/gloo_run.py",
+            "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
+            "        exit_code, timestamp = value\n"
+            "        if exit_code != 0:\n",
+            "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
+            "        exit_code, timestamp = value\n"
+            "        if exit_code != 0 and not settings.run_func_mode:\n"
+            "            sys.exit(exit_code)\n"
+            "        if exit_code != 0:\n",
+            "horovodrun --gloo ends with the exit code of the first rank that failed, as over MPI, and no traceback",
+        ),
+    ]
+
+
+def patch_horovod(source: Path, cxx_standard: int) -> None:
+    """Patch an unpacked Horovod source tree in place. Raises `PatchError` if it is not the tree we know."""
+    for patch in patches_for(cxx_standard):
+        path = source / patch.file
+        if not path.is_file():
+            raise PatchError(f"{patch.file}: no such file in {source} (patch: {patch.why})")
+        path.write_text(patch.apply(path.read_text()))
