@@ -11,7 +11,12 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = dict(os.environ)  # as it was before this process itself became an MPI process
+# As it was before this process itself became an MPI process; and on the CPU, since a test has more ranks than GPUs.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+class DidNotEndError(AssertionError):
+    """A command was killed because its time was over."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def launch(
     """Run `command` (a string: by bash) to its end.
 
     Raises:
-        AssertionError: it did not end in time; it and every process that it started are killed, by id.
+        DidNotEndError: it did not end in time; it and every process that it started are killed, by id.
     """
     started = time.monotonic()
     process = subprocess.Popen(
@@ -56,7 +61,10 @@ def launch(
         stdout, stderr = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         stdout, stderr = _kill(process)
-        raise AssertionError(f"{command} did not end in {timeout_seconds} s:\n{stdout}\n{stderr}") from None
+        raise DidNotEndError(f"{command} did not end in {timeout_seconds} s:\n{stdout}\n{stderr}") from None
+    except BaseException:  # Ctrl-C, or the test's own time-out
+        _kill(process)
+        raise
     return Finished(process.returncode, stdout, stderr, time.monotonic() - started)
 
 

@@ -7,8 +7,10 @@ parts, for which Horovod has no gather. Both share one MPI: mpi4py is imported f
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TypeVar
 
 # Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
@@ -23,6 +25,15 @@ from torch import Tensor
 from app.cluster.failure import ExitCode, LockstepError, SettingsError
 
 T = TypeVar("T")
+
+
+def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    abort_job(ExitCode.BUG)
+
+
+# From here on this process is an MPI rank: an error while it imports the rest must not leave the others waiting.
+sys.excepthook = _end_job
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,20 @@ class Cluster:
         if hvd.size() != mpi.size:
             if hvd.rank() != 0:
                 sys.exit(ExitCode.SETTINGS)
-            raise SettingsError(
+            raise _shared(
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
             )
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         _divide_cores(node)
-        return Cluster(mpi.rank, mpi.size, node.rank, node.size, _device_of(node.rank), mpi)
+        device = _device_of(node.rank)
+        gpus = [gpu for gpu in mpi.allgather(_gpu_name(device)) if gpu]
+        if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
+            raise _shared(
+                f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
+                "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
+            )
+        return Cluster(mpi.rank, mpi.size, node.rank, node.size, device, mpi)
 
     @staticmethod
     def alone() -> "Cluster":
@@ -74,10 +92,6 @@ class Cluster:
         hvd.shutdown()
         MPI.Finalize()
 
-    def abort(self, exit_code: int) -> None:
-        """End every rank of the job at once, from this rank alone."""
-        self._mpi.Abort(exit_code)
-
     # -- objects ---------------------------------------------------------------------------------------------------
 
     def on_root(self, function: Callable[[], T]) -> T:
@@ -88,11 +102,17 @@ class Cluster:
         answer: T | LockstepError | SystemExit = self._mpi.bcast(_attempt(function) if self.is_root else None)
         return _value_of(answer)
 
+    def on_root_alone(self, function: Callable[[], T]) -> T | None:
+        """Collective: as `on_root`, but what rank 0 found stays there; None elsewhere."""
+        found: list[T] = []
+        self.on_root(lambda: found.append(function()))
+        return found[0] if found else None
+
     def on_every_rank(self, function: Callable[[], T]) -> T:
         """Collective: every rank calls `function`; if it fails on some, all raise the first failing rank's error."""
         mine = _attempt(function)
         node = MPI.Get_processor_name()
-        failures = self.all_gather_object((node, mine) if isinstance(mine, LockstepError) else None)
+        failures = self.all_gather_object((node, mine) if isinstance(mine, LockstepError | SystemExit) else None)
         failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
         if not failed:
             return _value_of(mine)
@@ -128,6 +148,17 @@ class Cluster:
         return [chunk.view(part.dtype) for chunk in gathered.split(num_bytes)]
 
 
+def rank_in_job() -> int:
+    """This rank, known before the ranks have met."""
+    return MPI.COMM_WORLD.rank
+
+
+def abort_job(exit_code: int) -> None:
+    """End every rank of the job at once, from this rank alone. A lone rank just goes on to its own end."""
+    if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
+        MPI.COMM_WORLD.Abort(exit_code)
+
+
 def mpi_version() -> str:
     """The MPI library that this process has loaded, such as `Open MPI v5.0.11`."""
     return MPI.Get_library_version().split(",")[0].strip()
@@ -139,22 +170,40 @@ def horovod_operations() -> list[str]:
     return [name for name, is_built in built.items() if is_built]
 
 
+def gpu_left_idle() -> bool:
+    """There is a GPU, but Horovod was built without NCCL, so that ranks compute on the CPU."""
+    return torch.cuda.is_available() and not hvd.nccl_built()
+
+
 def _device_of(local_rank: int) -> torch.device:
-    """The GPU of this node-local rank; ranks beyond the number of GPUs share them in turn. The CPU where none is."""
+    """The GPU of this node-local rank; the CPU where there is none or Horovod has no NCCL."""
     if not (torch.cuda.is_available() and hvd.nccl_built()):
         return torch.device("cpu")
+    # A scheduler may show each rank its own GPU only, as number 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
+def _gpu_name(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"GPU {properties.uuid} ({properties.name}) on {MPI.Get_processor_name()}"
+
+
 def _divide_cores(node: MPI.Comm) -> None:
     """Collective over one node: as many compute threads as this rank's share of the cores that it may run on."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
     cores = os.sched_getaffinity(0)
-    ranks_on_them = node.allgather(cores).count(cores)
-    torch.set_num_threads(max(1, len(cores) // ranks_on_them))
+    ranks_on_them = node.allgather(cores).count(cores)  # by all, though some may have a wish of their own
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(cores) // ranks_on_them))
+
+
+def _shared(message: str) -> SettingsError:
+    error = SettingsError(message)
+    error.shared = True
+    return error
 
 
 def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:

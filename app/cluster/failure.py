@@ -5,6 +5,8 @@ rank 0 tells it and all ranks leave in good order. Any other error belongs to on
 in a collective: that rank tells it and aborts the whole job, so that nobody hangs.
 """
 
+import sys
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -17,6 +19,7 @@ class ExitCode(IntEnum):
     DATA = 3
     REPLICAS_DIFFER = 4
     STORAGE = 5
+    NON_FINITE = 6
     INTERRUPTED = 130
 
 
@@ -49,7 +52,22 @@ class ReplicasDifferError(LockstepError):
     exit_code = ExitCode.REPLICAS_DIFFER
 
 
+class NonFiniteError(LockstepError):
+    """A loss or gradient that is infinite or not a number."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
 class StorageError(LockstepError):
     """A run folder or file that cannot be written or read."""
 
     exit_code = ExitCode.STORAGE
+
+
+def run_alone(main: Callable[[], None]) -> None:
+    """Run a program that no other rank takes part in, without MPI: for login nodes."""
+    try:
+        main()
+    except LockstepError as error:
+        print(f"lockstep: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from app import __version__
-from app.cluster.comm import Cluster, horovod_operations, mpi_version
+from app.cluster.comm import Cluster, gpu_left_idle, horovod_operations, mpi_version
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy", "safetensors")
 
@@ -37,6 +37,8 @@ def describe_briefly(cluster: Cluster, inventory: dict[str, Any]) -> str:
     """One line for people."""
     nodes = {rank["node"] for rank in inventory["ranks"]}
     device = inventory["ranks"][0]["gpu"] or f"CPU, threads a rank: {torch.get_num_threads()}"
+    if gpu_left_idle():
+        device += " (a GPU is here, but Horovod was built without NCCL: give env/setup a CUDA toolkit)"
     versions = inventory["versions"]
     return (
         f"Lockstep {versions['lockstep']}: {cluster.size} rank(s) on {len(nodes)} node(s), {device}; "

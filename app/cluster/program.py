@@ -6,31 +6,30 @@ import time
 import traceback
 from collections.abc import Callable
 
-from app.cluster.comm import Cluster
+from app.cluster.comm import Cluster, abort_job, rank_in_job
 from app.cluster.failure import ExitCode, LockstepError
 
 
 def run_program(main: Callable[[Cluster], None]) -> None:
     """Collective: run `main` on every rank and exit; an error on any rank is told once and ends all ranks."""
     cluster: Cluster | None = None
+    rank = rank_in_job()
     try:
         cluster = Cluster.start()
         main(cluster)
     except SystemExit as request:  # --help and --print_config, agreed by all ranks
         _leave(cluster, request.code)
     except LockstepError as error:
-        if cluster is None or error.shared:
-            if cluster is None or cluster.is_root:
-                _tell(f"lockstep: {error}")
-            _leave(cluster, error.exit_code)
-        else:
-            _abort(cluster, f"lockstep: rank {cluster.rank}: {error}", error.exit_code)
+        if not error.shared:
+            _abort(rank, f"rank {rank}: {error}", error.exit_code)
+        if rank == 0:
+            _tell(str(error))
+        _leave(cluster, error.exit_code)
     except KeyboardInterrupt:
-        _abort(cluster, "lockstep: interrupted", ExitCode.INTERRUPTED)
+        _abort(rank, "interrupted", ExitCode.INTERRUPTED)
     except BaseException as error:
-        where = f"rank {cluster.rank}" if cluster else "before the ranks met"
         delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0  # the echo of another rank's failure
-        _abort(cluster, f"lockstep: {where}:\n{traceback.format_exc()}", ExitCode.BUG, delay)
+        _abort(rank, f"rank {rank}:\n{traceback.format_exc()}", ExitCode.BUG, delay)
     else:
         _leave(cluster, ExitCode.DONE)
 
@@ -41,18 +40,17 @@ def _leave(cluster: Cluster | None, code: object) -> None:
     sys.exit(code)  # type: ignore[arg-type]
 
 
-def _abort(cluster: Cluster | None, message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
+def _abort(rank: int, message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
     """Tell `message` and end the whole job.
 
     When several ranks fail at once, the lowest of them speaks and its abort silences the others: each waits a little
     longer than the one before it (1.0 s for rank 15, 3.0 s for rank 4095).
     """
-    time.sleep(delay_seconds + (0.25 * math.log2(1 + cluster.rank) if cluster else 0.0))
+    time.sleep(delay_seconds + 0.25 * math.log2(1 + rank))
     _tell(message)
-    if cluster is not None and cluster.size > 1:
-        cluster.abort(code)
+    abort_job(code)
     sys.exit(code)
 
 
 def _tell(message: str) -> None:
-    print(message.rstrip(), file=sys.stderr, flush=True)
+    print(f"lockstep: {message.rstrip()}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.launching import launch
+from tests.launching import DidNotEndError, launch
 
 if TYPE_CHECKING:
     from app.cluster.comm import Cluster
@@ -49,8 +49,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     size = _world_size(item)
     if size is None or REPORTS in os.environ:
         return None
+    terminal = item.config.pluginmanager.get_plugin("terminalreporter")
     known: Reports = item.session.__dict__.setdefault("world_reports", {})
     if item.nodeid not in known:
+        if terminal:
+            terminal.write(f" [{size} ranks] ")
         waiting = [other.nodeid for other in item.session.items if _world_size(other) == size]
         known.update(_run_world(item.config, size, [nodeid for nodeid in waiting if nodeid not in known]))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -69,12 +72,15 @@ def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Repo
     """The reports of the tests that this world got through: all of `nodeids`, or up to the first that failed."""
     with TemporaryDirectory(prefix="lockstep-world-") as folder:
         pytest_command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider", *nodeids]
-        finished = launch(
-            ["mpirun", "-np", str(size), *pytest_command],
-            timeout_seconds=WORLD_TIMEOUT_SECONDS,
-            cwd=config.rootpath,
-            environment={REPORTS: folder},
-        )
+        try:
+            output = launch(
+                ["mpirun", "-np", str(size), *pytest_command],
+                timeout_seconds=WORLD_TIMEOUT_SECONDS,
+                cwd=config.rootpath,
+                environment={REPORTS: folder},
+            ).output
+        except DidNotEndError as error:
+            output = str(error)
         by_rank = [_read_reports(config, Path(folder) / f"{rank}.jsonl") for rank in range(size)]
     reports: Reports = {}
     for nodeid in nodeids:
@@ -82,7 +88,7 @@ def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Repo
         failures = [report for rank_reports in of_test for report in rank_reports if report.failed]
         complete = all(any(report.when == "teardown" for report in rank_reports) for rank_reports in of_test)
         if failures or not complete:
-            reports[nodeid] = failures[:1] or [_died(nodeid, size, finished.output)]
+            reports[nodeid] = failures[:1] or [_died(nodeid, size, output)]
             break
         reports[nodeid] = of_test[0]
     return reports

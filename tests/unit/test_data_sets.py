@@ -11,7 +11,7 @@ import torch
 from app.cluster.failure import DataError, ExitCode
 from app.data import digits
 from app.data.digits import load_digits
-from app.data.mnist import load_mnist
+from app.data.mnist import download_mnist, load_mnist
 from app.data.synthetic import load_synthetic
 
 
@@ -57,6 +57,16 @@ def test_mnist_is_read_from_its_files(tmp_path: Path) -> None:
     assert images.images.shape == (12, 1, 28, 28)
     assert images.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert images.images.flatten()[:300].tolist() == [index % 256 for index in range(300)]
+
+
+@pytest.mark.parametrize("content", [b"garbage, not MNIST", b""], ids=["garbage", "empty"])
+def test_damaged_mnist_is_told(content: bytes, tmp_path: Path) -> None:
+    _write_mnist(tmp_path / "MNIST" / "raw", num_samples=12)
+    for file in (tmp_path / "MNIST" / "raw").iterdir():
+        file.write_bytes(content)
+    download_mnist(tmp_path)  # the files are there: nothing to fetch
+    with pytest.raises(DataError, match="damaged"):
+        load_mnist(tmp_path, train=True)
 
 
 def test_missing_mnist_names_the_folder(tmp_path: Path) -> None:
