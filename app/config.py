@@ -1,32 +1,8 @@
-"""Every setting, its default, its unit and its check; and how settings are read.
-
-They come, the later ones winning, from the defaults below, the environment (`LOCKSTEP_SEED`, `LOCKSTEP_DATA__NAME`), a
-YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
-"""
+"""Every setting, its default, its unit and its check. How they are read stands in settings.py."""
 
 import math
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal
-
-from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in its __all__
-    ActionConfigFile,
-    ArgumentError,
-    ArgumentParser,
-    set_parsing_settings,
-)
-
-from app.cluster.failure import SettingsError
-
-PRESETS = Path(__file__).parent / "presets"
-ENVIRONMENT_PREFIX = "LOCKSTEP"
-OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "PYTHON", "SITE_TORCH", "VENV")}  # read by env/
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 def _check(holds: bool, name: str, value: object, fix: str) -> None:
@@ -109,10 +85,51 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        _check(math.isfinite(rate) and rate > 0, "optimizer.learning_rate", rate, "it must be above 0")
+        _check(math.isfinite(rate) and rate > 0, "optimizer.learning_rate", rate, "it must be finite and above 0")
         _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "it must be at least 0 and below 1")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it must not be negative")
+        decay = self.weight_decay
+        _check(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "it must be finite, not negative")
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What a run leaves behind to go on from."""
+
+    interval: int = 100
+    """Updates between two checkpoints, beside the one after the last update; 0: none at all."""
+
+    keep: int = 3
+    """How many of the last checkpoints stay."""
+
+    asynchronous: bool = True
+    """Write from a thread while training goes on."""
+
+    def __post_init__(self) -> None:
+        _check(self.interval >= 0, "checkpoint.interval", self.interval, "it must not be negative")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ProofSettings:
+    """How closely a run watches itself."""
+
+    ledger: bool = False
+    """Record which rank learned from which samples in which update; `app/verify.py` reads it."""
+
+    sentinel_interval: int = 100
+    """Updates between two comparisons of model, optimizer and learning rate over the ranks; 0: only at the end."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What all ranks do with an update in which a loss or gradient is infinite or not a number on any rank."""
+
+    deterministic: bool = False
+    """Refuse operations that may give other bits in another run (GPUs; on CPUs all are deterministic)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.sentinel_interval >= 0, "proof.sentinel_interval", self.sentinel_interval, "it must not be negative"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +157,11 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    proof: ProofSettings = field(default_factory=ProofSettings)
 
     def __post_init__(self) -> None:
+        _check(self.run_dir != "", "run_dir", "empty", "leave it out, or name a new folder")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "it must lie in 0 ... 2^63 - 1")
         _check(self.num_epochs >= 0, "num_epochs", self.num_epochs, "it must not be negative")
         _check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")
@@ -153,91 +173,3 @@ class Settings:
             scaled,
             "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
         )
-
-
-class _PresetOrFile(ActionConfigFile):
-    """`--config seed` names a preset, `--config some/file.yaml` a file."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
-        preset = PRESETS / f"{value}.yaml"
-        if not Path(value).exists() and not preset.is_file():
-            names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-            raise TypeError(f"there is no file {value!r} and no preset of that name (presets: {names})")
-        ActionConfigFile.apply_config(parser, cfg, dest, value if Path(value).exists() else str(preset))
-
-
-def parse_settings(args: Sequence[str] | None = None) -> Settings:
-    """The settings that `args` (by default the command line) and the environment ask for.
-
-    Raises:
-        SettingsError: a setting is unknown or wrong.
-        SystemExit: for --help and --print_config.
-    """
-    args = sys.argv[1:] if args is None else args
-    parser = _parser(default_env=True)
-    try:
-        _refuse_unknown_environment(parser)
-        return _settings_of(parser.instantiate(parser.parse_args(args)))
-    except (ArgumentError, TypeError, ValueError) as error:
-        hint = _nearest_setting(parser, args)
-        raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} --help") from error
-
-
-def load_settings(path: Path) -> Settings:
-    """The settings of an earlier run, from the file that it saved.
-
-    Raises:
-        SettingsError: the file is missing, or is not such a file.
-    """
-    parser = _parser(default_env=False)
-    try:
-        return _settings_of(parser.instantiate(parser.parse_path(str(path))))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
-        raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
-
-
-def dump_settings(settings: Settings) -> str:
-    """`settings` as YAML, such that `load_settings` and `--config` read them back."""
-    parser = _parser(default_env=False)
-    return str(parser.dump(parser.parse_object(asdict(settings))))
-
-
-def _parser(default_env: bool) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="app/train.py",
-        description="Trains synchronously over every rank of the job, then merges the model on rank 0.",
-        default_env=default_env,
-        env_prefix=ENVIRONMENT_PREFIX,
-        exit_on_error=False,
-        allow_abbrev=False,  # a setting that is not written out is a mistake
-    )
-    parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset in app/presets.")
-    parser.add_class_arguments(Settings)
-    return parser
-
-
-def _settings_of(namespace: Any) -> Settings:
-    return Settings(**{item.name: namespace[item.name] for item in fields(Settings)})
-
-
-def _refuse_unknown_environment(parser: ArgumentParser) -> None:
-    known = {f"{ENVIRONMENT_PREFIX}_{name.replace('.', '__').upper()}" for name in _setting_names(parser)}
-    for variable in sorted(os.environ):
-        if variable.startswith(f"{ENVIRONMENT_PREFIX}_") and variable not in known | OTHER_VARIABLES:
-            raise ValueError(f"unknown setting in the environment: {variable}")
-
-
-def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:
-    """For each unknown option, the setting that was probably meant."""
-    names = _setting_names(parser)
-    hints = []
-    for option in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
-        if option not in names:
-            same_ending = [name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]]
-            hints += (same_ending or get_close_matches(option, names, n=1))[:1]
-    return f"\nDid you mean {', '.join('--' + name for name in hints)}?" if hints else ""
-
-
-def _setting_names(parser: ArgumentParser) -> list[str]:
-    return [*parser.get_defaults().keys(), "config", "print_config", "help", *(item.name for item in fields(Settings))]

@@ -16,7 +16,6 @@ from app.cluster.comm import Cluster
 from app.cluster.failure import StorageError
 from app.cluster.program import run_program
 from app.tasks.classify import Classify
-from app.training.plots import plot_mistakes
 from app.training.run_folder import RunFolder, storage_errors
 
 NUM_MISTAKES = 24
@@ -31,13 +30,10 @@ def main(cluster: Cluster) -> None:
     evaluation = task.evaluate(model)
     if cluster.is_root:
         _print_confusion(evaluation.confusion)
+        print(evaluation)
         picture = folder.path / "mistakes.png"
         _draw_worst_mistakes(task, model, picture)
         print(f"Worst mistakes: {picture}")
-        print(
-            f"Accuracy: {evaluation.accuracy:.4f} on {evaluation.num_samples} held-out samples, "
-            f"loss {evaluation.loss:.4f}"
-        )
 
 
 def _load(model: nn.Module, folder: RunFolder) -> None:
@@ -54,11 +50,13 @@ def _print_confusion(confusion: Tensor) -> None:
         table.add_column(heading, justify="right")
     for name, row in zip(classes, confusion.tolist(), strict=True):
         table.add_row(name, *(str(count) if count else "." for count in row))
-    Console().print(table)
+    Console(color_system=None).print(table)  # a launcher's pipe may pass for a terminal, even into a file
 
 
 def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> None:
     """The wrong answers in which the true class was held least likely."""
+    from app.training.plots import plot_mistakes  # matplotlib is for rank 0 alone
+
     held_out = task.held_out
     output, labels = task.predict(model, torch.arange(len(held_out), device=held_out.labels.device))
     predicted = output.argmax(1)

@@ -3,6 +3,7 @@
     python app/train.py                                   one rank
     horovodrun -np 4 python app/train.py                  four ranks on this machine
     mpirun -np 4 python app/train.py --config seed        the seed's run to the letter
+    mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
     python app/train.py --help                            every setting
 
 Put `env/run` before any of them, or source env/activate once.
@@ -13,40 +14,42 @@ from torch import Tensor
 from app.cluster.comm import Cluster
 from app.cluster.inventory import describe_briefly, take_inventory
 from app.cluster.program import run_program
-from app.config import parse_settings
 from app.parallel.merge import state_digest
 from app.parallel.replicated import Replicated
-from app.tasks.classify import Classify
-from app.training.loop import Outcome, train
+from app.settings import parse_settings
+from app.tasks.classify import Classify, Evaluation
+from app.training.loop import Progress, Trainer
 from app.training.optim import build_optimizer
-from app.training.plots import plot_curves
 from app.training.run_folder import RunFolder, storage_errors
-from app.training.seeding import seed_rank, seed_shared
+from app.training.seeding import make_deterministic, seed_model
 
 
 def main(cluster: Cluster) -> None:
-    settings = cluster.on_root(parse_settings)
+    settings, resume = cluster.on_root(parse_settings)
+    if settings.proof.deterministic:
+        make_deterministic()
     task = Classify(settings, cluster)
-    folder = cluster.on_root(lambda: RunFolder.create(settings))
+    folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
     inventory = take_inventory(cluster)
     if cluster.is_root:
         print(describe_briefly(cluster, inventory), flush=True)
         folder.write_json("environment.json", inventory)
 
-    seed_shared(settings.seed)
+    seed_model(settings.seed)
     model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-    strategy.synchronise()
-    seed_rank(settings.seed, cluster.rank)
-    outcome = train(cluster, settings, task, strategy, folder)
-
+    trainer = Trainer(cluster, settings, task, strategy, folder, resume)
+    evaluation = trainer.train()
     merged = strategy.full_state()
-    cluster.on_root(lambda: _finish(folder, merged or {}, outcome, cluster.size))
+    cluster.on_root(lambda: _finish(folder, merged or {}, evaluation, trainer.progress, cluster.size))
 
 
-def _finish(folder: RunFolder, merged: dict[str, Tensor], outcome: Outcome, num_ranks: int) -> None:
-    """Write the merged model, the summary and the curves, and tell the result."""
-    evaluation = outcome.evaluation
+def _finish(
+    folder: RunFolder, merged: dict[str, Tensor], evaluation: Evaluation, progress: Progress, num_ranks: int
+) -> None:
+    """Write the merged model and the summary, tell the result, and draw the curves."""
+    from app.training.plots import plot_curves  # matplotlib is for rank 0 alone
+
     folder.save_model(merged)
     folder.write_json(
         "summary.json",
@@ -57,18 +60,17 @@ def _finish(folder: RunFolder, merged: dict[str, Tensor], outcome: Outcome, num_
             "num_parameters": sum(tensor.numel() for tensor in merged.values()),
             "model_digest": state_digest(merged),
             "num_ranks": num_ranks,
-            "num_updates": outcome.num_updates,
-            "training_seconds": round(outcome.seconds, 3),
-            "images_per_second": round(outcome.images_per_second, 1),
+            "num_updates": progress.step,
+            "num_skipped": progress.num_skipped,
+            "training_seconds": round(progress.seconds, 3),
+            "images_per_second": round(progress.images_per_second, 1),
         },
     )
+    print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {progress.images_per_second:.0f} images/s")
+    print(f"Merged model: {folder.path / 'model.safetensors'}")
+    print(evaluation)
     with storage_errors():
         plot_curves(folder.metrics, folder.path / "curves.png")
-    print(f"Trained {outcome.num_updates} updates in {outcome.seconds:.1f} s, {outcome.images_per_second:.0f} images/s")
-    print(f"Merged model: {folder.path / 'model.safetensors'}")
-    print(
-        f"Accuracy: {evaluation.accuracy:.4f} on {evaluation.num_samples} held-out samples, loss {evaluation.loss:.4f}"
-    )
 
 
 if __name__ == "__main__":

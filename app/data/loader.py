@@ -59,6 +59,10 @@ class BatchLoader:
         self.consumed = 0
 
     @property
+    def num_samples(self) -> int:
+        return len(self._images)
+
+    @property
     def batches_per_epoch(self) -> int:
         return -(-len(self._images) // self._batch_size)
 

@@ -74,7 +74,7 @@ def state_tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tenso
 def state_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
     """The sha256 over the names and the whole content of all parameters and buffers, hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in state_tensors(model).items():
+    for name, tensor in sorted(state_tensors(model).items()):
         digest.update(f"{name}:{content_hash(tensor)}\n".encode())
     return digest.hexdigest()
 

@@ -1,15 +1,17 @@
 """Every rank holds the whole model; gradients are summed over all ranks after each backward pass."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import ReplicasDifferError
+from app.cluster.failure import NonFiniteError, ReplicasDifferError
 from app.data.loader import Batch
 from app.parallel.merge import merge_shards, shard_of, state_digest, state_tensors
+from app.parallel.sentinel import compare_replicas
+from app.training.seeding import seed_update
 
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 """(model, batch) -> the loss *summed* over the batch, with its graph, and tallies (k,) float64 that add up."""
@@ -18,26 +20,28 @@ LossSum = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 class Replicated:
     """Synchronous data parallelism: the same model, the same step, on every rank.
 
-    Gradients live in one flat buffer per data type, of which each parameter's `.grad` is a view: one all-reduce an
-    update, of fixed size and order, with no copy in or out.
+    Gradients live in one flat buffer, of which each parameter's `.grad` is a view: one all-reduce an update, of fixed
+    size and order, with no copy in or out. The buffer's last element is the loss, so that a loss that is not finite on
+    one rank is known to all in the same update.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster) -> None:
         self.model = model
         self.optimizer = optimizer
         self._cluster = cluster
-        self._gradients = _flat_gradients(model)
+        self._buffer = _flat_gradients(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
-    def synchronise(self) -> None:
-        """Collective: every rank takes rank 0's parameters and buffers, and all make sure that they are equal.
+    # -- updates ---------------------------------------------------------------------------------------------------
 
-        Raises:
-            ReplicasDifferError: on every rank, naming the ranks that differ from the others.
-        """
-        self._cluster.broadcast_parameters(state_tensors(self.model))
-        self._agreed_digest("after the broadcast of parameters")
-
-    def update(self, micro_batches: Sequence[Batch], loss_sum: LossSum) -> Tensor:
+    def update(
+        self,
+        micro_batches: Sequence[Batch],
+        loss_sum: LossSum,
+        seed: int,
+        before_step: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Collective: one optimizer step along the exact mean gradient over the global batch.
 
         Each rank divides its summed loss by the *global* number of samples, and the gradients are summed: ranks may
@@ -46,22 +50,112 @@ class Replicated:
         Args:
             micro_batches: this rank's samples; their `global_size` adds up to the global batch.
             loss_sum: what to minimise.
+            seed: of everything random in this update, on this rank.
+            before_step: called after the backward pass, before parameters and optimizer state change.
 
         Returns:
             The sum of this rank's tallies (k,); the other ranks' are not in it.
+
+        Raises:
+            NonFiniteError: on every rank, with nothing of the model changed but buffers, if a loss or gradient is
+                infinite or not a number on any rank; names the first such rank and tensor.
         """
+        tally = self._backward(micro_batches, loss_sum, seed)
+        self._cluster.sum_(self._buffer, name="gradient")
+        # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
+        if not math.isfinite(self._buffer.sum()) and not self._buffer.isfinite().all():
+            raise self._non_finite(micro_batches, loss_sum, seed)
+        if before_step:
+            before_step()
+        self.optimizer.step()
+        return tally
+
+    def _backward(self, micro_batches: Sequence[Batch], loss_sum: LossSum, seed: int) -> Tensor:
+        seed_update(seed, self._buffer.device)
+        self._buffer.zero_()
         global_size = sum(batch.global_size for batch in micro_batches)
-        for gradient in self._gradients:
-            gradient.zero_()
         tallies = []
         for batch in micro_batches:
             loss, tally = loss_sum(self.model, batch)
-            (loss / global_size).backward()
+            loss = loss / global_size
+            loss.backward()
+            self._buffer[-1] += loss.detach()
             tallies.append(tally)
-        for index, gradient in enumerate(self._gradients):
-            self._cluster.sum_(gradient, name=f"gradient.{index}")
-        self.optimizer.step()
         return torch.stack(tallies).sum(0)
+
+    def _non_finite(self, micro_batches: Sequence[Batch], loss_sum: LossSum, seed: int) -> NonFiniteError:
+        """Collective: compute this rank's part once more, by itself, and find the rank and the tensor."""
+        self._backward(micro_batches, loss_sum, seed)
+        named = [(f"the gradient of {name}", parameter.grad) for name, parameter in self.model.named_parameters()]
+        found = [name for name, tensor in [("the loss", self._buffer[-1]), *named] if not _is_finite(tensor)]
+        first = self._cluster.all_gather_object(found[:1])
+        culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
+        where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
+        error = NonFiniteError(f"{where} is infinite or not a number")
+        error.shared = True
+        return error
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def synchronise(self) -> None:
+        """Collective: every rank takes rank 0's parameters and buffers, and all make sure that they are equal.
+
+        Raises:
+            ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
+        """
+        self._cluster.broadcast_parameters(state_tensors(self.model))
+        self.compare("after the broadcast of parameters")
+
+    def compare(self, when: str) -> None:
+        """Collective: make sure that all ranks hold the same model, optimizer state and learning rate.
+
+        Raises:
+            ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
+        """
+        groups = {f"optimizer group {index}": group for index, group in enumerate(self._hyperparameters())}
+        compare_replicas(self._cluster, {**self.state(), **groups}, when)
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved to go on, by name: `model/<tensor>` and `optimizer/<kind>/<parameter>`. No copies.
+
+        Knows nothing of the number of ranks.
+        """
+        state = {f"model/{name}": tensor for name, tensor in state_tensors(self.model).items()}
+        for index, kinds in self.optimizer.state_dict()["state"].items():
+            for kind, value in kinds.items():
+                if value is not None:
+                    state[f"optimizer/{kind}/{self._names[index]}"] = torch.as_tensor(value)
+        return state
+
+    @property
+    def changed_by_forward(self) -> list[str]:
+        """The names in `state` of what a forward pass may change: buffers, such as running means."""
+        saved = state_tensors(self.model)
+        return [f"model/{name}" for name, _ in self.model.named_buffers() if name in saved]
+
+    def load_state(self, state: Mapping[str, Tensor] | None) -> None:
+        """Collective: rank 0 gives the `state` of an earlier run, the others None; all go on from it.
+
+        The optimizer's state is sent as it is, to ranks that have none yet, and the parameters are sent last.
+        Horovod's `broadcast_optimizer_state` would instead make such ranks take a step with gradients of zero, which
+        weight decay and momentum turn into another model.
+
+        Raises:
+            ReplicasDifferError: on every rank, if they are not equal afterwards.
+        """
+        of_optimizer = {name: tensor for name, tensor in (state or {}).items() if name.startswith("optimizer/")}
+        layout = self._cluster.on_root(lambda: {name: (part.shape, part.dtype) for name, part in of_optimizer.items()})
+        received = of_optimizer or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        self._cluster.broadcast_parameters(received)
+        by_index: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in received.items():
+            _, kind, parameter = name.split("/")
+            by_index.setdefault(self._names.index(parameter), {})[kind] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
+        if state is not None:
+            model = {name.removeprefix("model/"): part for name, part in state.items() if name.startswith("model/")}
+            self.model.load_state_dict(model)
+        self.synchronise()
 
     def full_state(self) -> dict[str, Tensor] | None:
         """Collective: the merged model on rank 0, None elsewhere (seed, step 5 of section 3).
@@ -70,47 +164,42 @@ class Replicated:
         all ranks hold the same model, and that the merged one is it.
 
         Raises:
-            ReplicasDifferError: on every rank, naming the ranks that differ from the others.
+            ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
         """
-        digest = self._agreed_digest("at the merge")
+        self.compare("at the merge")
         state = state_tensors(self.model)
         rank, size = self._cluster.rank, self._cluster.size
         gathered = {name: self._cluster.gather_parts(shard_of(tensor, rank, size)) for name, tensor in state.items()}
         merged = merge_shards(gathered, like=state) if self._cluster.is_root else None
-        if merged is not None and state_digest(merged) != digest:
+        if merged is not None and state_digest(merged) != state_digest(state):
             raise ReplicasDifferError(
                 "the merged model is not the model that all ranks hold: parts were lost on the way"
             )
         return merged
 
-    def _agreed_digest(self, when: str) -> str:
-        """Collective: the digest that every rank's model has; the ranks outside the majority are named if not."""
-        digests = self._cluster.all_gather_object(state_digest(self.model))
-        majority, _ = Counter(digests).most_common(1)[0]
-        differing = [rank for rank, digest in enumerate(digests) if digest != majority]
-        if differing:
-            ranks = ", ".join(map(str, differing))
-            error = ReplicasDifferError(f"the replicas differ {when}: rank {ranks} does not hold the others' model")
-            error.shared = True
-            raise error
-        return majority
+    def _hyperparameters(self) -> list[dict[str, object]]:
+        return [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
 
 
-def _flat_gradients(model: nn.Module) -> list[Tensor]:
-    """Give each trainable parameter a `.grad` that is a view of one flat buffer per (data type, device).
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.isfinite().all())
+
+
+def _flat_gradients(model: nn.Module) -> Tensor:
+    """Give each trainable parameter a `.grad` that is a view of one flat buffer, which has one element more.
 
     A view has its parameter's own strides, without which fused optimizers refuse channels-last weights.
     """
-    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    buffers = []
-    for (dtype, device), parameters in groups.items():
-        buffer = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=dtype, device=device)
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = buffer.as_strided(parameter.size(), parameter.stride(), offset)
-            offset += parameter.numel()
-        buffers.append(buffer)
-    return buffers
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+    if len(kinds) != 1:
+        raise ValueError(f"the model's trainable parameters are of {kinds}: one data type on one device is needed")
+    ((dtype, device),) = kinds
+    buffer = torch.zeros(sum(parameter.numel() for parameter in parameters) + 1, dtype=dtype, device=device)
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = buffer.as_strided(parameter.size(), parameter.stride(), offset)
+        offset += parameter.numel()
+    return buffer

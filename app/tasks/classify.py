@@ -40,6 +40,9 @@ class Evaluation:
     def accuracy(self) -> float:
         return int(self.confusion.trace()) / max(1, self.num_samples)
 
+    def __str__(self) -> str:
+        return f"Accuracy: {self.accuracy:.4f} on {self.num_samples} held-out samples, loss {self.loss:.4f}"
+
 
 class Classify:
     """Builds the model and its data, gives the loss and evaluates."""
@@ -53,6 +56,7 @@ class Classify:
         self._settings = settings
         self._cluster = cluster
         self._dtype = getattr(torch, settings.precision)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on GPUs too
         cluster.on_root(lambda: _fetch(settings.data))
         sets = cluster.on_every_rank(lambda: [_load(settings.data, train) for train in (True, False)])
         self._train, self.held_out = (images.to(cluster.device) for images in sets)
@@ -78,10 +82,10 @@ class Classify:
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over `batch` and its tally (loss sum, number correct, number of samples), (3,) float64."""
         output = model(batch.inputs)
-        loss = F.nll_loss(output, batch.targets, reduction="sum")
+        losses = F.nll_loss(output, batch.targets, reduction="none")
         num_correct = (output.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
-        return loss, torch.stack([loss.detach().double(), num_correct.double(), num_samples.double()])
+        return losses.sum(), torch.stack([losses.detach().double().sum(), num_correct.double(), num_samples.double()])
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Collective: each rank scores its part of the held-out samples, and the sums are reduced once."""
@@ -90,7 +94,7 @@ class Classify:
         start, stop = bounds[self._cluster.rank : self._cluster.rank + 2]
         ids = torch.arange(start, stop, device=self._cluster.device)
         output, labels = self.predict(model, ids)
-        loss = F.nll_loss(output, labels, reduction="sum").double()
+        loss = F.nll_loss(output.double(), labels, reduction="sum")
         confusion = torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
         sums = self._cluster.sum_(torch.cat([loss.view(1), confusion.double()]), name="evaluation").cpu()
         return Evaluation(

@@ -1,13 +1,19 @@
 """What a run tells while it goes: lines and a bar for people, metrics for files."""
 
+import contextlib
 import json
+import os
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from app.cluster.failure import StorageError
 from app.training.run_folder import RunFolder, storage_errors
 
 
@@ -31,6 +37,10 @@ class Journal:
     def record(self, kind: str, step: int, epoch: int, loss: float, accuracy: float, **others: float) -> None:
         """One point of the curves `kind` (train or held_out), after `step` updates."""
 
+    def mark(self) -> int:
+        """How long metrics.jsonl is now, in bytes and on the disk: where a run that goes on from here cuts it off."""
+        return 0
+
 
 class RootJournal(Journal):
     """The journal of rank 0: metrics.jsonl and TensorBoard events, complete after each record.
@@ -38,11 +48,22 @@ class RootJournal(Journal):
     Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
     """
 
-    def __init__(self, folder: RunFolder, num_updates: int) -> None:
-        """Raises StorageError where the folder cannot be written."""
+    def __init__(self, folder: RunFolder, num_updates: int, step: int = 0, mark: int = 0) -> None:
+        """Go on after `step` updates, where `mark` was taken; what an earlier attempt has recorded since is cut off.
+
+        Raises:
+            StorageError: the folder cannot be written, or metrics.jsonl is shorter than `mark`.
+        """
         with storage_errors():
-            self._metrics = folder.metrics.open("w")
-            self._events = SummaryWriter(str(folder.path))
+            self._metrics = folder.metrics.open("a")
+            if self._metrics.tell() < mark:
+                raise StorageError(f"{folder.metrics} is shorter than at the checkpoint: {mark} bytes are needed")
+            if self._metrics.tell() > mark:
+                self._metrics.truncate(mark)
+            # Written here and now: the library's SummaryWriter has a thread, whose full disk nobody hears of.
+            self._events = EventsWriter(str(folder.path / "events"))
+            if step:  # tells TensorBoard to forget what the earlier attempt has recorded since
+                self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,9 +84,9 @@ class RootJournal(Journal):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        with storage_errors():  # closing writes what a full disk refused before
-            self._metrics.close()
-            self._events.close()
+        with storage_errors(), contextlib.ExitStack() as stack:  # closing writes what a full disk refused before
+            stack.callback(self._events.close)
+            stack.callback(self._metrics.close)
 
     def advance(self, num_updates: int) -> None:
         self._progress.update(self._bar, completed=num_updates)
@@ -80,5 +101,11 @@ class RootJournal(Journal):
             self._metrics.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                scalar = summary.scalar(f"{kind}/{name}", value)
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
             self._events.flush()
+
+    def mark(self) -> int:
+        with storage_errors():
+            os.fsync(self._metrics.fileno())
+            return self._metrics.tell()

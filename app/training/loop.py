@@ -1,71 +1,204 @@
-"""The training loop: update, metrics, evaluation. Every rank runs it in step; rank 0 keeps the journal."""
+"""The training loop: update, metrics, checkpoint, evaluation. Every rank runs it in step; rank 0 keeps the journal."""
 
+import contextlib
+import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
 
 from app.cluster.comm import Cluster
+from app.cluster.failure import NonFiniteError
 from app.config import Settings
+from app.data.loader import Batch
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify, Evaluation
+from app.training.checkpoint import CheckpointWriter, latest_checkpoint
 from app.training.journal import Journal, RootJournal
+from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
 from app.training.optim import learning_rate_at, set_learning_rate
 from app.training.run_folder import RunFolder
+from app.training.seeding import update_seed
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended.
+@dataclass
+class Progress:
+    """How far a run is: what its checkpoints count, beside the loader's position.
 
     Attributes:
-        evaluation: of the final model, over all held-out samples.
-        num_updates: optimizer steps.
-        num_images: samples learned from, over all ranks and epochs.
+        step: updates, skipped ones included.
+        num_images: samples of those updates, over all ranks and epochs.
+        num_skipped: updates that were skipped because they were not finite.
         seconds: of the updates alone, without evaluation.
     """
 
-    evaluation: Evaluation
-    num_updates: int
-    num_images: int
-    seconds: float
+    step: int = 0
+    num_images: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0
 
     @property
     def images_per_second(self) -> float:
         return self.num_images / max(self.seconds, 1e-9)
 
 
-def train(cluster: Cluster, settings: Settings, task: Classify, strategy: Replicated, folder: RunFolder) -> Outcome:
-    """Collective: `settings.num_epochs` over the data, with a log line every `settings.log_interval` updates.
+class Trainer:
+    """One run, from its beginning or from its last checkpoint to its end.
 
-    The line's loss is that of the named global batch, as in the seed; metrics.jsonl has the mean since the line before.
+    Attributes:
+        task: what is learned.
+        strategy: where the model lives.
+        loader: this rank's part of the training data, at the run's position.
+        progress: how far the run is.
+        writer: of checkpoints; None but on rank 0.
+        before_step: what must be waited for before the model changes.
     """
-    loader = task.build_loader()
-    num_updates = settings.num_epochs * loader.batches_per_epoch
-    window = Window(cluster.device)
-    step, num_images, seconds = 0, 0, 0.0
-    evaluation = None
-    with RootJournal(folder, num_updates) if cluster.is_root else Journal() as journal:
-        for epoch in range(settings.num_epochs):
-            started = time.perf_counter()
-            for batch in loader.rest_of_epoch():
-                learning_rate = learning_rate_at(step, num_updates, settings.optimizer, cluster.size)
-                set_learning_rate(strategy.optimizer, learning_rate)
-                window.add(strategy.update([batch], task.loss_sum))
-                step, num_images = step + 1, num_images + batch.global_size
-                journal.advance(step)
-                is_line = batch.index % settings.log_interval == 0
-                if is_line or step == num_updates:
-                    mean, last = window.reduce(cluster)
-                    journal.record("train", step, epoch, mean.loss, mean.accuracy, learning_rate=learning_rate)
-                    if is_line:
-                        journal.say(f"Epoch: {epoch}, Batch: {batch.index}, Loss: {last.loss:.4f}")
-            seconds += time.perf_counter() - started
-            evaluation = None
-            if settings.evaluate_every and (epoch + 1) % settings.evaluate_every == 0:
-                evaluation = task.evaluate(strategy.model)
-                journal.record("held_out", step, epoch, evaluation.loss, evaluation.accuracy)
-                journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
-        if evaluation is None:
-            evaluation = task.evaluate(strategy.model)
-            journal.record("held_out", step, settings.num_epochs, evaluation.loss, evaluation.accuracy)
-    return Outcome(evaluation, step, num_images, seconds)
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        task: Classify,
+        strategy: Replicated,
+        folder: RunFolder,
+        resume: bool,
+    ) -> None:
+        """Collective: `resume` goes on from the last whole checkpoint in `folder`, if there is one.
+
+        Raises:
+            StorageError: on every rank: there are checkpoints, and none of them is whole.
+        """
+        self._cluster = cluster
+        self._settings = settings
+        self.task = task
+        self.strategy = strategy
+        self._folder = folder
+        self.loader = task.build_loader()
+        self._num_updates = settings.num_epochs * self.loader.batches_per_epoch
+        self._window = Window(cluster.device)
+        self.progress = Progress()
+        mark = self._resume() if resume else 0
+        if self.progress.step == 0:
+            strategy.synchronise()
+        attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
+        ledger = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank) if settings.proof.ledger else None
+        self._ledger = Ledger(ledger, self.loader.num_samples)
+        self._journal, self.writer = Journal(), None
+        self.before_step: Callable[[], None] | None = None
+        if cluster.is_root:
+            self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark)
+            self.writer = CheckpointWriter(folder.path, settings.checkpoint)
+            self.before_step = self.writer.wait_for_copy
+
+    def train(self) -> Evaluation:
+        """Collective: all updates that are left, with a log line every `log_interval` batches; then the evaluation.
+
+        The line's loss is that of the named global batch, as in the seed; metrics.jsonl has the mean since the line
+        before.
+
+        Raises:
+            NonFiniteError, ReplicasDifferError: on every rank.
+            StorageError: on the rank that cannot write.
+        """
+        every = self._settings.evaluate_every
+        evaluation = None
+        with self._journal, contextlib.closing(self._ledger):
+            for epoch in range(self.loader.epoch, self._settings.num_epochs):
+                for batch in self.loader.rest_of_epoch():
+                    self.update(batch)
+                evaluation = None
+                if every and (epoch + 1) % every == 0:
+                    evaluation = self._evaluate(epoch)
+                    self._journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
+            if evaluation is None:
+                evaluation = self._evaluate(self._settings.num_epochs - 1)
+            if self.writer:
+                self.writer.wait()
+        return evaluation
+
+    def update(self, batch: Batch) -> None:
+        """Collective: one optimizer step, and what falls due after it."""
+        started = time.perf_counter()
+        settings, progress = self._settings, self.progress
+        learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, self._cluster.size)
+        set_learning_rate(self.strategy.optimizer, learning_rate)
+        seed = update_seed(settings.seed, progress.step, self._cluster.rank)
+        try:
+            self._window.add(self.strategy.update([batch], self.task.loss_sum, seed, self.before_step))
+        except NonFiniteError as error:
+            if settings.proof.non_finite == "stop":
+                error.args = (f"update {progress.step + 1}: {error}",)
+                raise
+            progress.num_skipped += 1
+            self._journal.say(f"Update {progress.step + 1} is skipped: {error}")
+        self._ledger.record(progress.step, self.loader.epoch, batch.ids)
+        progress.step += 1
+        progress.num_images += batch.global_size
+        self._journal.advance(progress.step)
+        if _is_due(progress.step, settings.proof.sentinel_interval):
+            self.strategy.compare(f"after update {progress.step}")
+        is_last = progress.step == self._num_updates
+        is_line = batch.index % settings.log_interval == 0
+        if is_line or is_last:
+            self._log(batch, learning_rate, is_line)
+        progress.seconds += time.perf_counter() - started
+        if _is_due(progress.step, settings.checkpoint.interval) or (is_last and settings.checkpoint.interval):
+            self._checkpoint()
+
+    def _log(self, batch: Batch, learning_rate: float, is_line: bool) -> None:
+        """Collective: one reduction."""
+        mean, last = self._window.reduce(self._cluster)
+        epoch = self.loader.epoch
+        self._journal.record("train", self.progress.step, epoch, mean.loss, mean.accuracy, learning_rate=learning_rate)
+        if is_line:
+            self._journal.say(f"Epoch: {epoch}, Batch: {batch.index}, Loss: {last.loss:.4f}")
+
+    def _evaluate(self, epoch: int) -> Evaluation:
+        """Collective."""
+        evaluation = self.task.evaluate(self.strategy.model)
+        self._journal.record("held_out", self.progress.step, epoch, evaluation.loss, evaluation.accuracy)
+        return evaluation
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        """Collective: rank 0 writes what all need to go on from here, exactly as if they had never stopped."""
+        self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
+        random_state = hashlib.sha256(torch.get_rng_state().numpy().data).hexdigest()
+        of_ranks = self._cluster.all_gather_object((self._window.tally(), random_state))
+        if self.writer:
+            counters: dict[str, Any] = {
+                "progress": asdict(self.progress),
+                "epoch": self.loader.epoch,
+                "consumed": self.loader.consumed,
+                "metrics_mark": self._journal.mark(),
+                "window_of_ranks": [tally for tally, _ in of_ranks],
+                "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
+                "settings": asdict(self._settings),
+            }
+            self.writer.save(self.progress.step, self.strategy.state(), counters, self.strategy.changed_by_forward)
+
+    def _resume(self) -> int:
+        """Collective: go on from the last whole checkpoint, if there is one; the `mark` of the journal there."""
+        found = self._cluster.on_root(lambda: latest_checkpoint(self._folder.path, tell=self._tell))
+        if found is None:
+            self._tell(f"{self._folder.path} has no checkpoint yet: the run begins at update 0")
+            return 0
+        self.strategy.load_state(self._cluster.on_root_alone(found.load))
+        counters = found.counters
+        self.progress = Progress(**counters["progress"])
+        self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
+        self._window.restore(counters["window_of_ranks"], self._cluster)
+        self._tell(f"Goes on after update {found.step} from {found.path}")
+        return int(counters["metrics_mark"])
+
+    def _tell(self, line: str) -> None:
+        if self._cluster.is_root:
+            print(line, flush=True)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

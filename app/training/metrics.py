@@ -34,6 +34,18 @@ class Window:
         self._total += tally
         self._last = tally
 
+    def tally(self) -> list[float]:
+        """This rank's part since the last reduction, to go on from."""
+        return [float(value) for value in self._total.tolist()]
+
+    def restore(self, tallies: list[list[float]], cluster: Cluster) -> None:
+        """Go on from the tallies of all ranks of the run before: each takes its own, or rank 0 takes the sum."""
+        if len(tallies) == cluster.size:
+            mine = tallies[cluster.rank]
+        else:
+            mine = [sum(column) for column in zip(*tallies, strict=True)] if cluster.is_root else [0.0, 0.0, 0.0]
+        self._total.copy_(torch.tensor(mine, dtype=torch.float64))
+
     def reduce(self, cluster: Cluster) -> tuple[Scores, Scores]:
         """Collective: the scores of all updates since the last call, and of the last of them alone."""
         total, last = cluster.sum_(torch.stack([self._total, self._last]), name="window").cpu()

@@ -3,6 +3,8 @@
 settings.yaml      every setting of the run, ready for --config
 environment.json   versions, hardware, the ranks and how they were started
 metrics.jsonl      one JSON object a log line
+checkpoints/       what to go on from (checkpoint.py)
+ledger/            which rank learned from which samples, if asked for (ledger.py)
 events.out...      the same for TensorBoard
 curves.png         loss and accuracy
 model.safetensors  the merged model
@@ -22,10 +24,9 @@ import safetensors.torch
 from torch import Tensor
 
 from app.cluster.failure import SettingsError, StorageError
-from app.config import Settings, dump_settings, load_settings
-
-DEFAULT_PARENT = Path("runs")
-LATEST = "latest"
+from app.config import Settings
+from app.parallel.merge import state_digest
+from app.settings import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_settings
 
 
 class RunFolder:
@@ -51,7 +52,20 @@ class RunFolder:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 if any(folder.path.iterdir()):
                     raise SettingsError(f"run_dir is {folder.path}: it is not empty; name a new folder or remove it")
-            folder.write("settings.yaml", dump_settings(settings))
+            folder.write(SETTINGS_FILE, dump_settings(settings))
+        return folder
+
+    @staticmethod
+    def reopen(settings: Settings) -> "RunFolder":
+        """The folder of a run that goes on; one that never began is made.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        folder = RunFolder(Path(settings.run_dir or DEFAULT_RUN))
+        with storage_errors():
+            folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write(SETTINGS_FILE, dump_settings(settings))
         return folder
 
     @staticmethod
@@ -62,7 +76,9 @@ class RunFolder:
             StorageError: it is not there or holds no merged model.
         """
         folder = RunFolder(path)
-        if not (path / "model.safetensors").is_file():
+        with storage_errors():
+            finished = (path / "model.safetensors").is_file()
+        if not finished:
             raise StorageError(f"{path} is not the folder of a finished run: it holds no model.safetensors")
         return folder
 
@@ -71,7 +87,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def settings(self) -> Settings:
-        return load_settings(self.path / "settings.yaml")
+        return load_settings(self.path / SETTINGS_FILE)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file: under a temporary name, then renamed."""
@@ -79,13 +95,13 @@ class RunFolder:
             temporary.write_text(text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(value, indent=2) + "\n")
+        self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Save the merged model."""
+        """Save the merged model, with the digest of its content in the header of the file."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         with _replacing(self.path / "model.safetensors") as temporary:
-            safetensors.torch.save_file(tensors, temporary)
+            safetensors.torch.save_file(tensors, temporary, metadata={"digest": state_digest(tensors)})
 
     def load_model(self) -> dict[str, Tensor]:
         """The merged model.
@@ -95,11 +111,14 @@ class RunFolder:
         """
         path = self.path / "model.safetensors"
         try:
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                digest = (file.metadata() or {}).get("digest")
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
         except (OSError, safetensors.SafetensorError) as error:
-            raise StorageError(
-                f"{path} cannot be read as a model ({error}): the file is torn or was altered"
-            ) from error
+            raise StorageError(f"{path} is torn, or no model: {error}") from error
+        if state_digest(state) != digest:
+            raise StorageError(f"{path} was altered: its content is not what was saved")
+        return state
 
 
 @contextlib.contextmanager
@@ -109,6 +128,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     with storage_errors():
         try:
             yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -120,21 +141,24 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise StorageError(f"cannot write: {error}. Free some space, or set --run_dir to a folder of yours") from error
+        raise StorageError(f"{error}: the folder must be yours to write, on a disk that has space left") from error
 
 
 def _new_folder_by_time() -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         with contextlib.suppress(FileExistsError):
-            path = DEFAULT_PARENT / f"{stamp}{suffix}"
+            path = DEFAULT_RUN.parent / f"{stamp}{suffix}"
             path.mkdir(parents=True)
             return path
-    raise FileExistsError(f"{DEFAULT_PARENT / stamp} and a thousand more")
+    raise FileExistsError(f"{DEFAULT_RUN.parent / stamp} and a thousand more")
 
 
 def _point_latest_at(path: Path) -> None:
-    link = path.with_name(LATEST)
-    temporary = path.with_name(f".{LATEST}.{os.getpid()}")
-    temporary.symlink_to(path.name)
-    temporary.replace(link)
+    """A convenience: where it cannot be made, nothing is lost."""
+    link = path.with_name(DEFAULT_RUN.name)
+    temporary = path.with_name(f".{DEFAULT_RUN.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        temporary.symlink_to(path.name)
+        temporary.replace(link)
+    temporary.unlink(missing_ok=True)

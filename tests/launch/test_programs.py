@@ -34,10 +34,9 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     finished = _train(launcher, f"{QUICK} --run_dir run", tmp_path)
     assert finished.returncode == 0, finished.output
     assert _complaints(finished) == []
-    expected = {"settings.yaml", "environment.json", "metrics.jsonl", "curves.png", "model.safetensors", "summary.json"}
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert expected <= names
-    assert [name for name in names - expected if not name.startswith("events.out.tfevents.")] == []
+    names = {re.sub(r"tfevents\..*", "tfevents", path.name) for path in (tmp_path / "run").iterdir()}
+    kept = {"settings.yaml", "environment.json", "metrics.jsonl", "events.out.tfevents", "checkpoints"}
+    assert names == kept | {"curves.png", "model.safetensors", "summary.json"}
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     num_ranks = 1 if launcher == "python" else 2
     assert [rank["rank"] for rank in environment["ranks"]] == list(range(num_ranks))
@@ -51,7 +50,7 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     [
         ("--nonsense 1", 2, "unrecognized arguments: --nonsense 1"),
         ("--data.batch_size 0", 2, "data.batch_size is 0: it must be at least 1"),
-        ("--run_dir /dev/null/run", 5, "cannot write"),
+        ("--run_dir /dev/null/run", 5, "must be yours to write"),
         ("--data.name mnist --data.root nowhere", 3, "--data.name digits"),
     ],
     ids=["unknown", "wrong", "storage", "data"],
@@ -158,3 +157,50 @@ def test_settings_come_from_the_environment_of_rank_0(tmp_path: Path) -> None:
     finished = _train("mpirun -np 2 python", f"{QUICK} --run_dir run", tmp_path, LOCKSTEP_SEED="41")
     assert finished.returncode == 0, finished.output
     assert "seed: 41" in (tmp_path / "run" / "settings.yaml").read_text()
+
+
+def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None:
+    """Rank 1 cannot import a module, as on a node with a broken installation, while rank 0 waits for it."""
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "from app.cluster.comm import rank_in_job\n"
+        "if rank_in_job() == 1:\n"
+        "    import a_module_that_this_node_lacks\n"
+        "from app.cluster.program import run_program\n"
+        "run_program(lambda cluster: None)\n"
+    )
+    finished = launch(f"mpirun -np 2 python {shlex.quote(str(program))}", timeout_seconds=60, cwd=tmp_path)
+    assert finished.returncode == 1, finished.output
+    assert finished.stderr.count("ModuleNotFoundError") == 1
+
+
+def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    program = tmp_path / "meets.py"
+    program.write_text("from app.cluster.program import run_program\nrun_program(lambda cluster: None)\n")
+    python = f"python {shlex.quote(str(program))}"
+    command = f"mpirun -np 1 env OMP_NUM_THREADS=1 {python} : -np 1 {python}"
+    assert launch(command, timeout_seconds=60, cwd=tmp_path).returncode == 0
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(tmp_path: Path) -> None:
+    assert _train("python", f"{QUICK} --run_dir run", tmp_path).returncode == 0
+    (tmp_path / "run" / "mistakes.png").mkdir()
+    evaluated = launch(f"python {shlex.quote(str(ROOT / 'app' / 'evaluate.py'))} run", cwd=tmp_path)
+    assert evaluated.returncode == 5
+    assert "Accuracy: " in evaluated.stdout
+
+
+def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
+    """A limit on the size of files fails in write(2), as a full disk or a used-up quota does."""
+    command = f"ulimit -f 4; python {shlex.quote(str(TRAIN))} {QUICK} --log_interval 1 --num_epochs 40 --run_dir run"
+    finished = launch(command, cwd=tmp_path)
+    assert finished.returncode == 5, finished.output
+    assert len(_complaints(finished)) == 1
+    assert "Traceback" not in finished.output
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_with_its_code(tmp_path: Path) -> None:
+    finished = _train("mpirun -np 2 python", f"{QUICK} --optimizer.learning_rate 1e30 --num_epochs 9", tmp_path)
+    assert finished.returncode == 6, finished.output
+    (complaint,) = _complaints(finished)
+    assert re.search(r"update \d+: the (loss|gradient of .*) on rank \d is infinite or not a number", complaint)

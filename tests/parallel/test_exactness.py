@@ -16,12 +16,8 @@ from torch import Tensor
 from app.cluster.comm import Cluster
 from app.config import DataSettings, ModelSettings, OptimizerSettings, Settings
 from app.parallel.merge import state_digest
-from app.parallel.replicated import Replicated
-from app.tasks.classify import Classify, Evaluation
-from app.training.loop import train
-from app.training.optim import build_optimizer
-from app.training.run_folder import RunFolder
-from app.training.seeding import seed_shared
+from app.tasks.classify import Evaluation
+from tests.parallel.building import build_trainer
 
 TOLERANCE = 1e-10
 NUM_SAMPLES = 100  # with a global batch of 22: the last batch has 12 samples, no batch divides by 3 or 4
@@ -41,14 +37,9 @@ class Run:
     """One training to its end, and what it left."""
 
     def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        task = Classify(settings, cluster)
-        seed_shared(settings.seed)
-        model = task.build_model()
-        strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-        strategy.synchronise()
-        self.evaluation: Evaluation = train(cluster, settings, task, strategy, RunFolder(folder)).evaluation
-        self.state: dict[str, Tensor] = model.state_dict()
+        trainer, strategy = build_trainer(cluster, settings, folder)
+        self.evaluation: Evaluation = trainer.train()
+        self.state: dict[str, Tensor] = strategy.model.state_dict()
         self.merged = strategy.full_state()
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.losses = [record["loss"] for record in records if record["kind"] == "train"]

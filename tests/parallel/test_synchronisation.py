@@ -12,7 +12,7 @@ from app.data.loader import Batch, BatchLoader
 from app.parallel.merge import state_digest
 from app.parallel.replicated import Replicated
 from app.training.metrics import Window
-from app.training.seeding import seed_rank
+from app.training.seeding import update_seed
 
 
 def _model(seed: int) -> nn.Module:
@@ -50,7 +50,7 @@ def test_all_ranks_take_the_model_of_rank_0(cluster: Cluster) -> None:
 def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Cluster) -> None:
     """11 samples over 3 ranks: the mean of the ranks' means would weigh samples unequally."""
     model = _model(seed=1).eval()
-    _strategy(model, cluster).update([_batch(cluster, 11)], _loss_sum)
+    _strategy(model, cluster).update([_batch(cluster, 11)], _loss_sum, seed=0)
     reference = _model(seed=1).eval()
     whole = _batch(Cluster.alone(), 11)
     F.cross_entropy(reference(whole.inputs), whole.targets).backward()
@@ -63,7 +63,7 @@ def test_micro_batches_add_up_to_their_whole(cluster: Cluster) -> None:
     """Accumulation: one update from two micro-batches is the update from both as one global batch."""
     model, reference = _model(seed=1).eval(), _model(seed=1).eval()
     first, second = _batch(cluster, 11), _batch(cluster, 4)
-    tally = _strategy(model, cluster).update([first, second], _loss_sum)
+    tally = _strategy(model, cluster).update([first, second], _loss_sum, seed=0)
     assert int(tally[2]) == len(first.ids) + len(second.ids)
     for whole in (_batch(Cluster.alone(), 11), _batch(Cluster.alone(), 4)):
         (F.cross_entropy(reference(whole.inputs), whole.targets, reduction="sum") / 15).backward()
@@ -92,7 +92,7 @@ def test_a_replica_that_drifted_by_one_bit_is_named_at_the_merge(cluster: Cluste
     strategy.synchronise()
     if cluster.rank == drifted_rank:
         model.get_parameter("1.weight").data.view(torch.int64)[3, 1] ^= 1
-    with pytest.raises(ReplicasDifferError, match=rf"rank {drifted_rank} does not") as caught:
+    with pytest.raises(ReplicasDifferError, match=rf"model/1.weight of rank {drifted_rank} is not") as caught:
         strategy.full_state()
     assert caught.value.shared
 
@@ -109,9 +109,10 @@ def test_scores_count_each_sample_once(cluster: Cluster) -> None:
 
 
 @pytest.mark.world_size(3)
-def test_ranks_draw_different_random_numbers_after_seeding(cluster: Cluster) -> None:
-    seed_rank(7, cluster.rank)
-    assert len(set(cluster.all_gather_object(torch.rand(1).item()))) == 3
+def test_every_rank_and_update_draws_its_own_random_numbers(cluster: Cluster) -> None:
+    seeds = [update_seed(seed, step, cluster.rank) for seed in range(3) for step in range(20)]
+    everyone = [seed for of_rank in cluster.all_gather_object(seeds) for seed in of_rank]
+    assert len(set(everyone)) == len(everyone) == 180
 
 
 @pytest.mark.world_size(2)
@@ -120,8 +121,6 @@ def test_replicas_stay_equal_over_updates_with_dropout(cluster: Cluster) -> None
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).double()
     strategy = _strategy(model, cluster)
     strategy.synchronise()
-    seed_rank(0, cluster.rank)
-    for _ in range(5):
-        strategy.update([_batch(cluster, 9)], _loss_sum)
-    digests = cluster.all_gather_object(state_digest(model))
-    assert len(set(digests)) == 1
+    for step in range(5):
+        strategy.update([_batch(cluster, 9)], _loss_sum, update_seed(0, step, cluster.rank))
+    strategy.compare("after 5 updates")

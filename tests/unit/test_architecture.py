@@ -13,7 +13,7 @@ from tests.launching import ROOT
 
 APP = ROOT / "app"
 SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
-LAYERS = (("cluster", "data", "models", "config"), ("parallel", "tasks", "training"), ("programs",))
+LAYERS = (("cluster", "data", "models", "config", "settings"), ("parallel", "tasks", "training"), ("programs",))
 
 
 def _imports(source: Path) -> Iterator[str]:

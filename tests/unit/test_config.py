@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from app.cluster.failure import ExitCode, SettingsError
-from app.config import PRESETS, Settings, dump_settings, load_settings, parse_settings
+from app.config import Settings
+from app.settings import PRESETS, dump_settings, load_settings, parse_settings
 
 
 def test_no_arguments_give_the_defaults() -> None:
-    assert parse_settings([]) == Settings()
+    assert parse_settings([]) == (Settings(), False)
 
 
 def test_the_seed_preset_is_the_seeds_run() -> None:
-    settings = parse_settings(["--config", "seed"])
+    settings, _ = parse_settings(["--config", "seed"])
     optimizer = settings.optimizer
     assert (settings.num_epochs, settings.data.batch_size, settings.log_interval) == (1, 32, 100)
     assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("sgd", 0.01, "constant")
@@ -24,7 +25,7 @@ def test_the_seed_preset_is_the_seeds_run() -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_every_preset_is_read_and_differs_from_the_defaults(preset: str) -> None:
-    assert parse_settings(["--config", preset]) != Settings()
+    assert parse_settings(["--config", preset])[0] != Settings()
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
@@ -35,15 +36,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
     monkeypatch.setenv("LOCKSTEP_SEED", "1")
     monkeypatch.setenv("LOCKSTEP_NUM_EPOCHS", "1")
     monkeypatch.setenv("LOCKSTEP_DATA__BATCH_SIZE", "17")
-    settings = parse_settings(["--config", str(file), "--num_epochs", "4"])
+    settings, _ = parse_settings(["--config", str(file), "--num_epochs", "4"])
     assert (settings.data.batch_size, settings.seed, settings.num_epochs) == (17, 2, 4)
 
 
 def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
-    settings = parse_settings(["--config", "seed", "--seed", "5", "--data.batch_size_per_rank", "4"])
+    settings, _ = parse_settings(["--config", "seed", "--seed", "5", "--data.batch_size_per_rank", "4"])
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(tmp_path / "settings.yaml") == settings
-    assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == settings
+    assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == (settings, False)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,10 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
         (["--optimizer.scale_learning_rate", "true"], "batch_size_per_rank"),
         (["--config", "no-such"], r"no preset of that name \(presets: .*seed"),
         (["--precision", "float16"], "precision"),
+        (["--checkpoint.interval", "-1"], "checkpoint.interval is -1"),
+        (["--checkpoint.keep", "0"], "checkpoint.keep is 0"),
+        (["--proof.sentinel_interval", "-1"], "proof.sentinel_interval is -1"),
+        (["--proof.non_finite", "ignore"], "proof.non_finite"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -79,6 +84,19 @@ def test_a_wrong_setting_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message) as caught:
         parse_settings(arguments)
     assert caught.value.exit_code == ExitCode.SETTINGS
+
+
+def test_a_resumed_run_begins_with_its_own_settings(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(dump_settings(replace(Settings(), seed=5, num_epochs=7)))
+    settings, resume = parse_settings(["--resume", "--run_dir", str(tmp_path), "--num_epochs", "9"])
+    assert resume
+    assert (settings.seed, settings.num_epochs, settings.run_dir) == (5, 9, str(tmp_path))
+
+
+def test_a_run_that_never_began_is_resumed_from_the_defaults(tmp_path: Path) -> None:
+    settings, resume = parse_settings(["--resume", "--run_dir", str(tmp_path / "new")])
+    assert resume
+    assert settings == replace(Settings(), run_dir=str(tmp_path / "new"))
 
 
 def test_an_unknown_setting_in_a_file_or_in_the_environment_is_refused(

@@ -33,7 +33,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="--run_dir") as caught:
+    with pytest.raises(StorageError, match="must be yours") as caught:
         RunFolder.create(Settings(run_dir=str(tmp_path / "file" / "run")))
     assert caught.value.exit_code == ExitCode.STORAGE
 
@@ -59,7 +59,11 @@ def test_a_torn_model_and_a_missing_one_are_told(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
     RunFolder(tmp_path).save_model({"weight": torch.zeros(1000)})
     file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StorageError, match="altered"):
+        RunFolder.open(tmp_path).load_model()
+    file.write_bytes(whole[:-100])
     with pytest.raises(StorageError, match="torn"):
         RunFolder.open(tmp_path).load_model()
 

@@ -1,0 +1,131 @@
+"""How settings are read and saved.
+
+They come, the later ones winning, from the defaults in config.py, the environment (`LOCKSTEP_SEED`,
+`LOCKSTEP_DATA__NAME`), a YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in its __all__
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    set_parsing_settings,
+)
+
+from app.cluster.failure import SettingsError
+from app.config import Settings
+
+PRESETS = Path(__file__).parent / "presets"
+ENVIRONMENT_PREFIX = "LOCKSTEP"
+OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "PYTHON", "SITE_TORCH", "VENV")}  # of env/
+COMMANDS = {"config", "help", "print_config"}  # on the command line only
+DEFAULT_RUN = Path("runs/latest")
+SETTINGS_FILE = "settings.yaml"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _PresetOrFile(ActionConfigFile):
+    """`--config seed` names a preset, `--config some/file.yaml` a file."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
+        preset = PRESETS / f"{value}.yaml"
+        if not Path(value).is_file() and not preset.is_file():
+            names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+            raise TypeError(f"there is no file {value!r} and no preset of that name (presets: {names})")
+        ActionConfigFile.apply_config(parser, cfg, dest, value if Path(value).is_file() else str(preset))
+
+
+def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
+    """The settings that `args` (by default the command line) and the environment ask for, and whether to `--resume`.
+
+    A resumed run begins with the settings that it has saved in its folder; the environment, files and the command line
+    change them.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong.
+        SystemExit: for --help and --print_config.
+    """
+    args = sys.argv[1:] if args is None else args
+    parser = _parser(default_env=True)
+    try:
+        _refuse_unknown_environment(parser)
+        parsed = parser.parse_args(args)
+        if parsed.resume:
+            saved = Path(parsed.run_dir or DEFAULT_RUN) / SETTINGS_FILE
+            parser.default_config_files = [str(saved)]  # the weakest of all sources
+            parsed = parser.parse_args(args)
+            parsed.run_dir = str(saved.parent)
+        return _settings_of(parser.instantiate(parsed)), parsed.resume
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        hint = _nearest_setting(parser, args)
+        raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} --help") from error
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings of an earlier run, from the file that it saved.
+
+    Raises:
+        SettingsError: the file is missing, or is not such a file.
+    """
+    parser = _parser(default_env=False)
+    try:
+        return _settings_of(parser.instantiate(parser.parse_path(str(path))))
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """`settings` as YAML, such that `load_settings` and `--config` read them back."""
+    parser = _parser(default_env=False)
+    return str(parser.dump(parser.parse_object(asdict(settings))))
+
+
+def _parser(default_env: bool) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="app/train.py",
+        description="Trains synchronously over every rank of the job, then merges the model on rank 0.",
+        default_env=default_env,
+        env_prefix=ENVIRONMENT_PREFIX,
+        exit_on_error=False,
+        allow_abbrev=False,  # a setting that is not written out is a mistake
+    )
+    parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset in app/presets.")
+    parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
+    parser.add_class_arguments(Settings)
+    return parser
+
+
+def _settings_of(namespace: Any) -> Settings:
+    return Settings(**{item.name: namespace[item.name] for item in fields(Settings)})
+
+
+def _refuse_unknown_environment(parser: ArgumentParser) -> None:
+    settings = set(_setting_names(parser)) - COMMANDS
+    known = {f"{ENVIRONMENT_PREFIX}_{name.replace('.', '__').upper()}" for name in settings}
+    for variable in sorted(os.environ):
+        if variable.startswith(f"{ENVIRONMENT_PREFIX}_") and variable not in known | OTHER_VARIABLES:
+            raise ValueError(f"unknown setting in the environment: {variable}")
+
+
+def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:
+    """For each unknown option, the setting that was probably meant."""
+    names = _setting_names(parser)
+    hints = []
+    for option in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
+        if option not in names:
+            same_ending = [name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]]
+            hints += (same_ending or get_close_matches(option, names, n=1))[:1]
+    return f"\nDid you mean {', '.join('--' + name for name in hints)}?" if hints else ""
+
+
+def _setting_names(parser: ArgumentParser) -> list[str]:
+    return [*parser.get_defaults().keys(), *COMMANDS, *(item.name for item in fields(Settings))]

@@ -1,0 +1,153 @@
+"""Certifies that a run which is killed and goes on is the run that never stopped. Starts its own ranks.
+
+    python app/verify_resume.py                                two ranks, one kill
+    python app/verify_resume.py --ranks 2,3,1                  another number of ranks after each kill
+    python app/verify_resume.py --ranks 3,3 -- --optimizer.name adam
+
+Everything after -- is a setting of app/train.py. The reference runs without a stop on the first number of ranks. The
+other run has every rank killed with SIGKILL in mid-epoch once for each further number, and goes on from its last
+checkpoint. On the same number of ranks throughout, all must be identical; else float64 without dropout (masks are drawn
+rank by rank) must agree within rounding.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+from torch import Tensor
+
+from app.cluster.failure import LockstepError, ReplicasDifferError, run_alone
+from app.data.sharding import content_hash
+from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
+from app.training.ledger import read_ledger
+
+TRAIN = Path(__file__).with_name("train.py")
+INTERVAL = 20
+SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --proof.ledger true --optimizer.weight_decay 0.01"
+SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
+ROUNDING = 1e-9  # of the largest element; float64 sums in another order, over all updates, momentum included
+ATTEMPT_TIMEOUT_SECONDS = 600
+
+
+def main() -> None:
+    """Raises ReplicasDifferError if the two runs differ."""
+    arguments = _parse_args()
+    ranks: list[int] = arguments.ranks
+    same = len(set(ranks)) == 1
+    settings = shlex.split(SETTINGS if same else f"{SETTINGS} {SETTINGS_ACROSS}") + arguments.settings
+    with TemporaryDirectory(prefix="lockstep-certificate-") as folder:
+        never, stopped = Path(folder) / "never", Path(folder) / "stopped"
+        print(f"the run that never stops: {ranks[0]} rank(s)", flush=True)
+        _train(arguments.launcher, ranks[0], never, settings)
+        num_updates = _last(never).step
+        for index, num_ranks in enumerate(ranks):
+            stop = (index + 1) * num_updates // len(ranks) if index + 1 < len(ranks) else None
+            _train(arguments.launcher, num_ranks, stopped, [*settings, "--resume"], stop)
+        _certify(never, stopped, same)
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="app/verify_resume.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks",
+        type=lambda text: [int(number) for number in text.split(",")],
+        default=[2, 2],
+        help="the number of ranks before the first kill, after it, ... (default: 2,2)",
+    )
+    parser.add_argument("--launcher", default="mpirun -np {ranks}", help="how ranks are started (default: %(default)s)")
+    parser.add_argument("settings", nargs="*", help="settings of app/train.py, after --")
+    return parser.parse_args()
+
+
+def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], stop: int | None = None) -> None:
+    """Train to the end, or to a kill once there is a checkpoint after `stop` updates or more."""
+    command = [
+        *shlex.split(launcher.format(ranks=num_ranks)),
+        sys.executable,
+        str(TRAIN),
+        "--run_dir",
+        str(run),
+        *settings,
+    ]
+    with (run.parent / "output.txt").open("w+") as output:
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        started = time.monotonic()
+        while process.poll() is None and time.monotonic() - started < ATTEMPT_TIMEOUT_SECONDS:
+            if stop is not None and any(int(path.name) >= stop for path in list_checkpoints(run)):
+                killed = _kill_ranks(process)
+                process.wait(timeout=60)
+                print(f"killed: {killed} rank(s), after the checkpoint at update {_last(run).step}", flush=True)
+                return
+            time.sleep(0.02)
+        if process.poll() != 0 or stop is not None:
+            _kill_ranks(process)
+            output.seek(0)
+            raise LockstepError(f"{shlex.join(command)} ended with {process.poll()}:\n{output.read()[-3000:]}")
+
+
+def _kill_ranks(process: psutil.Process) -> int:
+    """SIGKILL to every rank that `process` has started; how many there were."""
+    family = process.children(recursive=True) if process.is_running() else []
+    ranks = [child for child in [*family, process] if child.is_running() and child.cmdline()[1:2] == [str(TRAIN)]]
+    for rank in ranks:
+        rank.kill()
+    return len(ranks)
+
+
+def _last(run: Path) -> Checkpoint:
+    checkpoint = latest_checkpoint(run, tell=print)
+    if checkpoint is None:
+        raise LockstepError(f"{run} has no checkpoint")
+    return checkpoint
+
+
+def _certify(never: Path, stopped: Path, same: bool) -> None:
+    """Tell every comparison; raise if one fails."""
+    checkpoints = [_last(run) for run in (never, stopped)]
+    states = [checkpoint.load() for checkpoint in checkpoints]
+    held = []
+    for what, prefix in {"model": "model/", "optimizer": "optimizer/"}.items():
+        parts = [{name: tensor for name, tensor in state.items() if name.startswith(prefix)} for state in states]
+        held.append(_compare_tensors(what, parts[0], parts[1], same))
+    if same:
+        random_states = [str(checkpoint.counters["random_state_of_ranks"]) for checkpoint in checkpoints]
+        held.append(_tell("random states", content_hash(random_states[0]), content_hash(random_states[1])))
+        metrics = [(run / "metrics.jsonl").read_text() for run in (never, stopped)]
+        held.append(_tell("metrics.jsonl", content_hash(metrics[0]), content_hash(metrics[1])))
+    accounts = read_ledger(stopped)
+    held.append(bool(accounts) and all(account.is_exact for account in accounts))
+    epochs = ", ".join(f"epoch {account.epoch}: {account.num_used}/{account.num_samples}" for account in accounts)
+    print(f"{'ledger':14} {epochs}: {'each sample exactly once' if held[-1] else 'NOT each sample exactly once'}")
+    if not all(held):
+        raise ReplicasDifferError("the run that was killed is NOT the run that never stopped")
+    print(f"CERTIFIED: {'identical' if same else f'equal within {ROUNDING:g}'} after {checkpoints[0].step} updates")
+
+
+def _compare_tensors(what: str, never: dict[str, Tensor], stopped: dict[str, Tensor], same: bool) -> bool:
+    if same:
+        return _tell(
+            what, *(content_hash(sorted((k, content_hash(v)) for k, v in s.items())) for s in (never, stopped))
+        )
+    worst = 0.0
+    for name, tensor in never.items():
+        difference = (stopped[name].double() - tensor.double()).abs().max()
+        worst = max(worst, float(difference / tensor.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)))
+    print(f"{what:14} largest difference {worst:.1e} of the largest element, in {len(never)} tensors")
+    return never.keys() == stopped.keys() and worst <= ROUNDING
+
+
+def _tell(what: str, never: str, stopped: str) -> bool:
+    print(f"{what:14} {never[:16]} {stopped[:16]} {'identical' if never == stopped else 'DIFFERENT'}")
+    return never == stopped
+
+
+if __name__ == "__main__":
+    run_alone(main)

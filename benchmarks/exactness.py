@@ -1,0 +1,161 @@
+"""What the proofs cost: ledger, sentinel, checkpoints and deterministic mode, beside the same updates without them.
+
+    env/run mpirun -np 2 python benchmarks/exactness.py
+
+All variants train in turn in one run, block by block, in an order that rotates; each ratio is the median over the
+rounds of (this variant's block) / (the plain block of the same round). Where blocks differ by more than what is to be
+measured, the last column tells: the proof's own time over that of an update.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import torch
+
+from app.cluster.comm import Cluster
+from app.cluster.program import run_program
+from app.config import CheckpointSettings, DataSettings, ProofSettings, Settings
+from app.data.loader import Batch
+from app.parallel.replicated import Replicated
+from app.tasks.classify import Classify
+from app.training.checkpoint import write_checkpoint
+from app.training.ledger import Ledger
+from app.training.loop import Trainer
+from app.training.optim import build_optimizer
+from app.training.run_folder import RunFolder
+from app.training.seeding import seed_model
+
+NUM_ROUNDS = 5
+NUM_SAVES = 21
+BLOCK = 100  # updates: each default interval falls due once
+PLAIN = Settings(
+    num_epochs=1000,
+    log_interval=10**9,
+    data=DataSettings(batch_size_per_rank=32),
+    checkpoint=CheckpointSettings(interval=0),
+    proof=ProofSettings(sentinel_interval=0),
+)
+VARIANTS = {
+    "plain": PLAIN,
+    "ledger": replace(PLAIN, proof=replace(PLAIN.proof, ledger=True)),
+    "sentinel, every 100": replace(PLAIN, proof=replace(PLAIN.proof, sentinel_interval=BLOCK)),
+    "checkpoint, every 100": replace(PLAIN, checkpoint=CheckpointSettings(interval=BLOCK)),
+    "checkpoint, no thread": replace(PLAIN, checkpoint=CheckpointSettings(interval=BLOCK, asynchronous=False)),
+    "deterministic": replace(PLAIN, proof=replace(PLAIN.proof, deterministic=True)),
+}
+
+
+@dataclass
+class Runner:
+    """One variant, ready for its next block."""
+
+    trainer: Trainer
+    batches: Iterator[Batch]
+    deterministic: bool
+
+    def block(self, num_updates: int) -> float:
+        """Collective: seconds for `num_updates`."""
+        torch.use_deterministic_algorithms(self.deterministic)
+        started = time.perf_counter()
+        for _ in range(num_updates):
+            self.trainer.update(next(self.batches))
+        return time.perf_counter() - started
+
+
+def main(cluster: Cluster) -> None:
+    folder = Path(cluster.on_root(lambda: mkdtemp(prefix="lockstep-benchmark-")))
+    runners = {name: _build(cluster, settings, folder / name) for name, settings in VARIANTS.items()}
+    for runner in runners.values():
+        runner.block(BLOCK)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for number in range(NUM_ROUNDS):
+        names = list(VARIANTS)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            cluster.all_gather_object(None)
+            seconds[name].append(runners[name].block(BLOCK))
+    own_cost = _own_cost(cluster, runners["plain"].trainer, folder)
+    saving = runners["checkpoint, every 100"]
+    stall, whole = _checkpoint_stall(saving, folder)
+    if cluster.is_root:
+        _print(cluster.size, seconds, own_cost, stall, whole)
+
+
+def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
+    cluster.on_root(lambda: folder.mkdir())
+    task = Classify(settings, cluster)
+    seed_model(settings.seed)
+    model = task.build_model()
+    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
+    trainer = Trainer(cluster, settings, task, strategy, RunFolder(folder), resume=False)
+    return Runner(trainer, _forever(trainer), settings.proof.deterministic)
+
+
+def _forever(trainer: Trainer) -> Iterator[Batch]:
+    while True:
+        yield from trainer.loader.rest_of_epoch()
+
+
+def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
+    """Collective: seconds for which a save holds up rank 0, over the save and the update after it, and those of the
+    same save without a thread: medians; zero on other ranks."""
+    trainer = runner.trainer
+    stalls: list[float] = []
+    whole: list[float] = []
+    for step in range(10**6, 10**6 + NUM_SAVES):
+        waits: list[float] = []
+        if trainer.writer:
+            state, volatile = trainer.strategy.state(), trainer.strategy.changed_by_forward
+            waits.append(_time(trainer.writer.save, step, state, {}, volatile))
+            wait_for_copy = trainer.writer.wait_for_copy
+            trainer.before_step = partial(_append_time, waits, wait_for_copy)
+        trainer.update(next(runner.batches))
+        if trainer.writer:
+            stalls.append(sum(waits))
+            trainer.writer.wait()
+            whole.append(_time(write_checkpoint, folder, step, state, {}, 3))
+    return (statistics.median(stalls), statistics.median(whole)) if stalls else (0.0, 0.0)
+
+
+def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path) -> dict[str, float]:
+    """Collective: seconds an update that ledger and sentinel take by themselves, at the default interval."""
+    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank), num_samples=BLOCK)
+    ids = np.arange(32)
+    recording = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
+    comparing = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))
+    return {"ledger": recording, "sentinel, every 100": comparing / BLOCK}
+
+
+def _time(function: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def _append_time(times: list[float], function: Callable[[], object]) -> None:
+    times.append(_time(function))
+
+
+def _print(
+    num_ranks: int, seconds: dict[str, list[float]], own_cost: dict[str, float], stall: float, whole: float
+) -> None:
+    print(f"{num_ranks} ranks, {NUM_ROUNDS} rounds of {BLOCK} updates, 32 images a rank, the seed's network")
+    print(f"{'':22} {'ms/update':>10} {'to plain':>9} {'(min ... max)':>18} {'own cost':>10}")
+    plain = statistics.median(seconds["plain"]) / BLOCK
+    for name, times in seconds.items():
+        ratios = [mine / of_plain for mine, of_plain in zip(times, seconds["plain"], strict=True)]
+        own = f"{own_cost[name] / plain:10.2%}" if name in own_cost else ""
+        spread = f"{min(ratios):.3f} ... {max(ratios):.3f}"
+        milliseconds = statistics.median(times) / BLOCK * 1e3
+        print(f"{name:22} {milliseconds:10.2f} {statistics.median(ratios):9.3f} {spread:>18} {own}")
+    print(f"a save holds up training for {stall * 1e3:.2f} ms, without a thread for {whole * 1e3:.2f} ms", end=" ")
+    print(f"({stall / whole:.1%})")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,99 @@
+"""Runs that are really killed, and go on: with the README's commands, through kills and other numbers of ranks."""
+
+import hashlib
+import shlex
+import time
+from pathlib import Path
+
+import psutil
+
+from app.training.checkpoint import list_checkpoints
+from tests.launching import ENVIRONMENT, ROOT, launch
+
+TRAIN = ROOT / "app" / "train.py"
+LAUNCH = f"horovodrun -np 2 python {shlex.quote(str(TRAIN))}"
+SHORT = "--num_epochs 2 --checkpoint.interval 20"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
+    """SIGKILL to every rank once the first checkpoint is there: in mid-epoch, updates behind it are lost."""
+    process = psutil.Popen(shlex.split(command), cwd=cwd, env=ENVIRONMENT, stdout=-3, stderr=-3, stdin=-3)
+    deadline = time.monotonic() + 120
+    try:
+        while not list_checkpoints(run):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+    finally:
+        ranks = [child for child in process.children(recursive=True) if child.cmdline()[1:2] == [str(TRAIN)]]
+        for rank in ranks:
+            rank.kill()
+        psutil.wait_procs([*ranks, process], timeout=30)
+        assert not process.is_running()
+    assert len(ranks) == 2
+
+
+def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) -> None:
+    never = launch(f"{LAUNCH} {SHORT} --run_dir never", cwd=tmp_path)
+    assert never.returncode == 0, never.output
+    _kill_after_a_checkpoint(f"{LAUNCH} {SHORT} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    checkpoint = list_checkpoints(tmp_path / "stopped")[-1]
+    resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert f"Goes on after update {int(checkpoint.name)}" in resumed.stdout
+    assert _sha256(tmp_path / "stopped" / "model.safetensors") == _sha256(tmp_path / "never" / "model.safetensors")
+    metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("stopped", "never")]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path: Path) -> None:
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
+    assert launch(f"{train} {quick} --num_epochs 2", cwd=tmp_path).returncode == 0
+    model = _sha256(tmp_path / "run" / "model.safetensors")
+    last = list_checkpoints(tmp_path / "run")[-1] / "tensors-00000.safetensors"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
+    verified = launch(verify, cwd=tmp_path)
+    assert verified.returncode == 5
+    assert "tensors-00000.safetensors was altered" in verified.stdout
+    resumed = launch(f"{train} --resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert "skipped: " in resumed.stdout
+    assert "Goes on after update 6" in resumed.stdout
+    assert _sha256(tmp_path / "run" / "model.safetensors") == model
+    verified = launch(verify, cwd=tmp_path)
+    assert verified.returncode == 0, verified.output
+
+
+def test_a_run_that_never_began_begins(tmp_path: Path) -> None:
+    """What a job script says each time it is started: go on, if there is something to go on from."""
+    finished = launch(
+        f"python {shlex.quote(str(TRAIN))} --resume --run_dir run --data.name synthetic --data.num_samples 32",
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.output
+    assert "no checkpoint yet: the run begins at update 0" in finished.stdout
+
+
+def test_the_certificate_on_the_same_number_of_ranks() -> None:
+    finished = launch("python app/verify_resume.py --ranks 2,2", timeout_seconds=400)
+    assert finished.returncode == 0, finished.output
+    assert "CERTIFIED: identical" in finished.stdout
+    assert finished.stdout.count(" identical\n") == 4
+
+
+def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> None:
+    finished = launch("python app/verify_resume.py --ranks 2,2,3,1", timeout_seconds=600)
+    assert finished.returncode == 0, finished.output
+    assert "CERTIFIED: equal within 1e-09" in finished.stdout
+    assert finished.stdout.count("killed: ") == 3
+    assert "each sample exactly once" in finished.stdout

@@ -1,0 +1,69 @@
+"""The ledger proves what was used, over attempts and ranks, and can tell that it was not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.cluster.failure import StorageError
+from app.training.ledger import Ledger, last_attempt, read_ledger
+
+BATCHES = np.arange(12).reshape(4, 3)  # four updates an epoch of 12 samples
+
+
+def _attempt(run: Path, attempt: int, start: int, stop: int, num_ranks: int, lost_bytes: int = 0) -> None:
+    """Updates start ... stop - 1, dealt to `num_ranks` ranks; a kill takes the last bytes of each file."""
+    for rank in range(num_ranks):
+        path = Ledger.path(run, attempt, start, rank)
+        ledger = Ledger(path, num_samples=12)
+        for update in range(start, stop):
+            ledger.record(update, update // 4, np.array_split(BATCHES[update % 4], num_ranks)[rank])
+        ledger.close()
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - lost_bytes])
+
+
+def test_each_sample_once_through_kills_and_another_number_of_ranks(tmp_path: Path) -> None:
+    _attempt(tmp_path, 0, start=0, stop=3, num_ranks=2, lost_bytes=5)
+    _attempt(tmp_path, 1, start=2, stop=7, num_ranks=2)
+    _attempt(tmp_path, 2, start=4, stop=6, num_ranks=3, lost_bytes=9)
+    _attempt(tmp_path, 3, start=4, stop=8, num_ranks=1)
+    assert last_attempt(tmp_path) == 3
+    accounts = read_ledger(tmp_path)
+    assert [(account.epoch, account.num_used) for account in accounts] == [(0, 12), (1, 12)]
+    assert all(account.is_exact for account in accounts)
+
+
+def test_an_unfinished_epoch_is_exact_so_far(tmp_path: Path) -> None:
+    _attempt(tmp_path, 0, start=0, stop=6, num_ranks=2)
+    first, second = read_ledger(tmp_path)
+    assert first.is_exact
+    assert (second.is_exact, second.is_exact_so_far, second.num_used) == (False, True, 6)
+
+
+def test_a_sample_that_was_used_twice_is_found(tmp_path: Path) -> None:
+    _attempt(tmp_path, 0, start=0, stop=4, num_ranks=1)
+    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=1), num_samples=12)
+    ledger.record(2, 0, np.array([5]))
+    ledger.close()
+    (account,) = read_ledger(tmp_path)
+    assert (account.num_used, account.num_distinct) == (13, 12)
+    assert not account.is_exact
+    assert not account.is_exact_so_far
+
+
+def test_a_lost_update_is_found(tmp_path: Path) -> None:
+    _attempt(tmp_path, 0, start=0, stop=2, num_ranks=1)
+    _attempt(tmp_path, 1, start=3, stop=4, num_ranks=1)
+    (account,) = read_ledger(tmp_path)
+    assert (account.num_used, account.num_distinct, account.num_samples) == (9, 9, 12)
+
+
+def test_no_ledger_is_told(tmp_path: Path) -> None:
+    assert last_attempt(tmp_path) == -1
+    with pytest.raises(StorageError, match=r"proof\.ledger"):
+        read_ledger(tmp_path)
+    silent = Ledger(None, num_samples=3)
+    silent.record(0, 0, np.arange(3))
+    silent.flush()
+    silent.close()
+    assert list(tmp_path.iterdir()) == []
