@@ -23,7 +23,7 @@ NUM_MISTAKES = 24
 
 def main(cluster: Cluster) -> None:
     folder = cluster.on_root(lambda: RunFolder.open(_parse_args().run))
-    settings = cluster.on_root(folder.settings)
+    settings = cluster.on_root(folder.load_settings)
     task = Classify(settings, cluster)
     model = task.build_model()
     cluster.on_every_rank(lambda: _load(model, folder))

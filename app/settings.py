@@ -4,6 +4,7 @@ They come, the later ones winning, from the defaults in config.py, the environme
 `LOCKSTEP_DATA__NAME`), a YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
 """
 
+import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -59,11 +60,11 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
     try:
         _refuse_unknown_environment(parser)
         parsed = parser.parse_args(args)
-        if parsed.resume:
-            saved = Path(parsed.run_dir or DEFAULT_RUN) / SETTINGS_FILE
-            parser.default_config_files = [str(saved)]  # the weakest of all sources
+        run = parsed.run_dir or (str(DEFAULT_RUN.resolve()) if DEFAULT_RUN.exists() else None)
+        if parsed.resume and run:
+            parser.default_config_files = [glob.escape(f"{run}/{SETTINGS_FILE}")]  # the weakest of all sources
             parsed = parser.parse_args(args)
-            parsed.run_dir = str(saved.parent)
+            parsed.run_dir = run
         return _settings_of(parser.instantiate(parsed)), parsed.resume
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)

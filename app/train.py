@@ -9,6 +9,8 @@
 Put `env/run` before any of them, or source env/activate once.
 """
 
+import contextlib
+
 from torch import Tensor
 
 from app.cluster.comm import Cluster
@@ -30,18 +32,19 @@ def main(cluster: Cluster) -> None:
         make_deterministic()
     task = Classify(settings, cluster)
     folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
-    inventory = take_inventory(cluster)
-    if cluster.is_root:
-        print(describe_briefly(cluster, inventory), flush=True)
-        folder.write_json("environment.json", inventory)
-
-    seed_model(settings.seed)
-    model = task.build_model()
-    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-    trainer = Trainer(cluster, settings, task, strategy, folder, resume)
-    evaluation = trainer.train()
-    merged = strategy.full_state()
-    cluster.on_root(lambda: _finish(folder, merged or {}, evaluation, trainer.progress, cluster.size))
+    with contextlib.ExitStack() as stack:
+        cluster.on_root(lambda: stack.enter_context(folder.locked()))
+        inventory = take_inventory(cluster)
+        if cluster.is_root:
+            print(describe_briefly(cluster, inventory), flush=True)
+        seed_model(settings.seed)
+        model = task.build_model()
+        strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
+        trainer = Trainer(cluster, settings, task, strategy, folder, resume)
+        cluster.on_root(lambda: folder.begin(settings, inventory))
+        evaluation = trainer.train()
+        merged = strategy.full_state()
+        cluster.on_root(lambda: _finish(folder, merged or {}, evaluation, trainer.progress, cluster.size))
 
 
 def _finish(

@@ -11,6 +11,8 @@ rank by rank) must agree within rounding.
 """
 
 import argparse
+import contextlib
+import random
 import shlex
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from torch import Tensor
 from app.cluster.failure import LockstepError, ReplicasDifferError, run_alone
 from app.data.sharding import content_hash
 from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from app.training.ledger import read_ledger
+from app.training.ledger import ledger_digest, read_ledger
 
 TRAIN = Path(__file__).with_name("train.py")
 INTERVAL = 20
@@ -33,6 +35,7 @@ SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --proof.ledger true
 SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
 ROUNDING = 1e-9  # of the largest element; float64 sums in another order, over all updates, momentum included
 ATTEMPT_TIMEOUT_SECONDS = 600
+MAX_DELAY_SECONDS = 0.6  # between a checkpoint and the kill: the updates of that time are lost
 
 
 def main() -> None:
@@ -40,15 +43,16 @@ def main() -> None:
     arguments = _parse_args()
     ranks: list[int] = arguments.ranks
     same = len(set(ranks)) == 1
+    delays = random.Random(arguments.seed)
     settings = shlex.split(SETTINGS if same else f"{SETTINGS} {SETTINGS_ACROSS}") + arguments.settings
     with TemporaryDirectory(prefix="lockstep-certificate-") as folder:
         never, stopped = Path(folder) / "never", Path(folder) / "stopped"
         print(f"the run that never stops: {ranks[0]} rank(s)", flush=True)
-        _train(arguments.launcher, ranks[0], never, settings)
+        _train(arguments.launcher, ranks[0], never, settings, delays)
         num_updates = _last(never).step
         for index, num_ranks in enumerate(ranks):
             stop = (index + 1) * num_updates // len(ranks) if index + 1 < len(ranks) else None
-            _train(arguments.launcher, num_ranks, stopped, [*settings, "--resume"], stop)
+            _train(arguments.launcher, num_ranks, stopped, [*settings, "--resume"], delays, stop)
         _certify(never, stopped, same)
 
 
@@ -63,12 +67,15 @@ def _parse_args() -> argparse.Namespace:
         help="the number of ranks before the first kill, after it, ... (default: 2,2)",
     )
     parser.add_argument("--launcher", default="mpirun -np {ranks}", help="how ranks are started (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument("settings", nargs="*", help="settings of app/train.py, after --")
     return parser.parse_args()
 
 
-def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], stop: int | None = None) -> None:
-    """Train to the end, or to a kill once there is a checkpoint after `stop` updates or more."""
+def _train(
+    launcher: str, num_ranks: int, run: Path, settings: list[str], delays: random.Random, stop: int | None = None
+) -> None:
+    """Train to the end, or to a kill at a random moment once there is a checkpoint after `stop` updates or more."""
     command = [
         *shlex.split(launcher.format(ranks=num_ranks)),
         sys.executable,
@@ -79,27 +86,48 @@ def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], stop: 
     ]
     with (run.parent / "output.txt").open("w+") as output:
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        started = time.monotonic()
-        while process.poll() is None and time.monotonic() - started < ATTEMPT_TIMEOUT_SECONDS:
-            if stop is not None and any(int(path.name) >= stop for path in list_checkpoints(run)):
+        try:
+            if stop is not None and _wait_for_checkpoint(process, run, stop):
+                delay = delays.uniform(0, MAX_DELAY_SECONDS)
+                time.sleep(delay)
                 killed = _kill_ranks(process)
-                process.wait(timeout=60)
-                print(f"killed: {killed} rank(s), after the checkpoint at update {_last(run).step}", flush=True)
+                print(
+                    f"killed: {killed} rank(s), {delay:.2f} s after the checkpoint of update {stop} or later",
+                    flush=True,
+                )
+                if killed == num_ranks:
+                    process.wait(timeout=60)
+                    return
+            elif stop is None and process.wait(timeout=ATTEMPT_TIMEOUT_SECONDS) == 0:
                 return
-            time.sleep(0.02)
-        if process.poll() != 0 or stop is not None:
+        except psutil.TimeoutExpired:
+            pass
+        finally:
             _kill_ranks(process)
-            output.seek(0)
-            raise LockstepError(f"{shlex.join(command)} ended with {process.poll()}:\n{output.read()[-3000:]}")
+        output.seek(0)
+        raise LockstepError(f"{shlex.join(command)} ended with {process.poll()}:\n{output.read()[-3000:]}")
 
 
-def _kill_ranks(process: psutil.Process) -> int:
+def _wait_for_checkpoint(process: psutil.Popen, run: Path, step: int) -> bool:
+    """Until `run` has a checkpoint after `step` updates or more; False if `process` ends before that."""
+    deadline = time.monotonic() + ATTEMPT_TIMEOUT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(int(path.name) >= step for path in list_checkpoints(run)):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _kill_ranks(process: psutil.Popen) -> int:
     """SIGKILL to every rank that `process` has started; how many there were."""
-    family = process.children(recursive=True) if process.is_running() else []
-    ranks = [child for child in [*family, process] if child.is_running() and child.cmdline()[1:2] == [str(TRAIN)]]
-    for rank in ranks:
-        rank.kill()
-    return len(ranks)
+    num_killed = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if child.cmdline()[1:2] == [str(TRAIN)]:
+                    child.kill()
+                    num_killed += 1
+    return num_killed
 
 
 def _last(run: Path) -> Checkpoint:
@@ -122,8 +150,9 @@ def _certify(never: Path, stopped: Path, same: bool) -> None:
         held.append(_tell("random states", content_hash(random_states[0]), content_hash(random_states[1])))
         metrics = [(run / "metrics.jsonl").read_text() for run in (never, stopped)]
         held.append(_tell("metrics.jsonl", content_hash(metrics[0]), content_hash(metrics[1])))
+        held.append(_tell("data ledger", ledger_digest(never), ledger_digest(stopped)))
     accounts = read_ledger(stopped)
-    held.append(bool(accounts) and all(account.is_exact for account in accounts))
+    held.append(len(accounts) == len(read_ledger(never)) and all(account.is_exact for account in accounts))
     epochs = ", ".join(f"epoch {account.epoch}: {account.num_used}/{account.num_samples}" for account in accounts)
     print(f"{'ledger':14} {epochs}: {'each sample exactly once' if held[-1] else 'NOT each sample exactly once'}")
     if not all(held):

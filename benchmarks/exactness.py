@@ -108,17 +108,14 @@ def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
     stalls: list[float] = []
     whole: list[float] = []
     for step in range(10**6, 10**6 + NUM_SAVES):
-        waits: list[float] = []
+        waits = [_time(trainer.checkpoint)]
         if trainer.writer:
-            state, volatile = trainer.strategy.state(), trainer.strategy.changed_by_forward
-            waits.append(_time(trainer.writer.save, step, state, {}, volatile))
-            wait_for_copy = trainer.writer.wait_for_copy
-            trainer.before_step = partial(_append_time, waits, wait_for_copy)
+            trainer.before_step = partial(_append_time, waits, trainer.writer.wait_for_copy)
         trainer.update(next(runner.batches))
         if trainer.writer:
             stalls.append(sum(waits))
             trainer.writer.wait()
-            whole.append(_time(write_checkpoint, folder, step, state, {}, 3))
+            whole.append(_time(write_checkpoint, folder, step, trainer.strategy.state(), {}, 3))
     return (statistics.median(stalls), statistics.median(whole)) if stalls else (0.0, 0.0)
 
 

@@ -34,6 +34,7 @@ class BatchLoader:
     depends on (seed, epoch) alone and not on the number of shards. The last batch of an epoch may be ragged.
 
     Attributes:
+        batch_size: samples of one global batch.
         epoch: the epoch that the next batch belongs to.
         consumed: samples of that epoch that all shards together have been given.
     """
@@ -49,7 +50,7 @@ class BatchLoader:
         dtype: torch.dtype,
     ) -> None:
         self._images = images
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._sharding = sharding
         self._shard_id = shard_id
         self._num_shards = num_shards
@@ -64,14 +65,14 @@ class BatchLoader:
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self._images) // self._batch_size)
+        return -(-len(self._images) // self.batch_size)
 
     def rest_of_epoch(self) -> Iterator[Batch]:
         """This shard's part of every global batch that is left of the epoch; then the position is the next epoch."""
         order = epoch_order(len(self._images), self._seed, self.epoch)
         while self.consumed < len(order):
-            global_ids = order[self.consumed : self.consumed + self._batch_size]
-            index = self.consumed // self._batch_size
+            global_ids = order[self.consumed : self.consumed + self.batch_size]
+            index = self.consumed // self.batch_size
             self.consumed += len(global_ids)
             ids = data_shard(global_ids, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
             inputs, targets = self._images.batch(torch.from_numpy(ids).to(self._images.labels.device), self._dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from app.cluster.failure import StorageError
 from app.config import CheckpointSettings
-from app.training.run_folder import storage_errors
+from app.training.run_folder import flush_folder, storage_errors
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -70,8 +70,9 @@ class CheckpointWriter:
         self._copied.set()
         with storage_errors():
             self._folder.mkdir(exist_ok=True)
+            flush_folder(run)
             for leftover in self._folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self, step: int, state: Mapping[str, Tensor], counters: Mapping[str, Any], volatile: Collection[str] = ()
@@ -135,8 +136,8 @@ def write_checkpoint(
     final = folder / f"{step:012d}"
     temporary = folder / f"{TEMPORARY}{step:012d}"
     with storage_errors():
+        temporary.mkdir()
         try:
-            temporary.mkdir()
             files = {}
             for index, tensors in enumerate(_by_file(state)):
                 name = f"tensors-{index:05d}.safetensors"
@@ -145,16 +146,25 @@ def write_checkpoint(
             manifest = {"format": FORMAT, "step": step, "counters": dict(counters), "files": files}
             (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _manifest_hash(manifest)}, indent=1))
             _flush_and_hash(temporary / MANIFEST)
-            _flush_folder(temporary)
-            if final.exists():  # of an attempt that was resumed from before it
-                shutil.rmtree(final)
+            flush_folder(temporary)
+            _remove([final])  # of an attempt that was resumed from before it
             temporary.rename(final)
-            _flush_folder(folder)
+            flush_folder(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        # What is numbered higher belongs to an attempt that this one has replaced: it was not whole.
+        _remove([path for path in _checkpoints(folder) if int(path.name) > step])
+        _remove(_checkpoints(folder)[:-keep])
     return final
+
+
+def _remove(paths: list[Path]) -> None:
+    """Out of sight in one move, so that a kill leaves nothing that looks torn; then away."""
+    for path in paths:
+        if path.exists():
+            out_of_sight = path.with_name(f"{TEMPORARY}{path.name}-old")
+            path.rename(out_of_sight)
+            shutil.rmtree(out_of_sight, ignore_errors=True)
 
 
 def latest_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -235,11 +245,3 @@ def _flush_and_hash(file: Path) -> str:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from types import TracebackType
@@ -13,7 +12,6 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from app.cluster.failure import StorageError
 from app.training.run_folder import RunFolder, storage_errors
 
 
@@ -38,7 +36,7 @@ class Journal:
         """One point of the curves `kind` (train or held_out), after `step` updates."""
 
     def mark(self) -> int:
-        """How long metrics.jsonl is now, in bytes and on the disk: where a run that goes on from here cuts it off."""
+        """How long metrics.jsonl is now, in bytes: where a run that goes on from here cuts it off."""
         return 0
 
 
@@ -52,12 +50,12 @@ class RootJournal(Journal):
         """Go on after `step` updates, where `mark` was taken; what an earlier attempt has recorded since is cut off.
 
         Raises:
-            StorageError: the folder cannot be written, or metrics.jsonl is shorter than `mark`.
+            StorageError: the folder cannot be written.
         """
         with storage_errors():
             self._metrics = folder.metrics.open("a")
             if self._metrics.tell() < mark:
-                raise StorageError(f"{folder.metrics} is shorter than at the checkpoint: {mark} bytes are needed")
+                self.say(f"{folder.metrics} is shorter than it was at the checkpoint: some of its lines are lost")
             if self._metrics.tell() > mark:
                 self._metrics.truncate(mark)
             # Written here and now: the library's SummaryWriter has a thread, whose full disk nobody hears of.
@@ -106,6 +104,4 @@ class RootJournal(Journal):
             self._events.flush()
 
     def mark(self) -> int:
-        with storage_errors():
-            os.fsync(self._metrics.fileno())
-            return self._metrics.tell()
+        return self._metrics.tell()

@@ -1,16 +1,13 @@
 """The training loop: update, metrics, checkpoint, evaluation. Every rank runs it in step; rank 0 keeps the journal."""
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError
+from app.cluster.failure import NonFiniteError, SettingsError
 from app.config import Settings
 from app.data.loader import Batch
 from app.parallel.replicated import Replicated
@@ -19,9 +16,9 @@ from app.training.checkpoint import CheckpointWriter, latest_checkpoint
 from app.training.journal import Journal, RootJournal
 from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
-from app.training.optim import learning_rate_at, set_learning_rate
+from app.training.optim import learning_rate_at, learning_rate_scale, set_learning_rate
 from app.training.run_folder import RunFolder
-from app.training.seeding import update_seed
+from app.training.seeding import random_state_digest, update_seed
 
 
 @dataclass
@@ -126,15 +123,17 @@ class Trainer:
         learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, self._cluster.size)
         set_learning_rate(self.strategy.optimizer, learning_rate)
         seed = update_seed(settings.seed, progress.step, self._cluster.rank)
+        skipped = False
         try:
             self._window.add(self.strategy.update([batch], self.task.loss_sum, seed, self.before_step))
         except NonFiniteError as error:
             if settings.proof.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
                 raise
+            skipped = True
             progress.num_skipped += 1
             self._journal.say(f"Update {progress.step + 1} is skipped: {error}")
-        self._ledger.record(progress.step, self.loader.epoch, batch.ids)
+        self._ledger.record(progress.step, self.loader.epoch, batch.ids, skipped)
         progress.step += 1
         progress.num_images += batch.global_size
         self._journal.advance(progress.step)
@@ -146,11 +145,13 @@ class Trainer:
             self._log(batch, learning_rate, is_line)
         progress.seconds += time.perf_counter() - started
         if _is_due(progress.step, settings.checkpoint.interval) or (is_last and settings.checkpoint.interval):
-            self._checkpoint()
+            self.checkpoint()
 
     def _log(self, batch: Batch, learning_rate: float, is_line: bool) -> None:
         """Collective: one reduction."""
         mean, last = self._window.reduce(self._cluster)
+        if mean.num_samples == 0:  # every update since the last line was skipped
+            return
         epoch = self.loader.epoch
         self._journal.record("train", self.progress.step, epoch, mean.loss, mean.accuracy, learning_rate=learning_rate)
         if is_line:
@@ -164,10 +165,10 @@ class Trainer:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
         """Collective: rank 0 writes what all need to go on from here, exactly as if they had never stopped."""
         self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
-        random_state = hashlib.sha256(torch.get_rng_state().numpy().data).hexdigest()
+        random_state = random_state_digest(self._cluster.device)
         of_ranks = self._cluster.all_gather_object((self._window.tally(), random_state))
         if self.writer:
             counters: dict[str, Any] = {
@@ -177,9 +178,24 @@ class Trainer:
                 "metrics_mark": self._journal.mark(),
                 "window_of_ranks": [tally for tally, _ in of_ranks],
                 "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
-                "settings": asdict(self._settings),
+                "must_stay": self._must_stay(),
             }
             self.writer.save(self.progress.step, self.strategy.state(), counters, self.strategy.changed_by_forward)
+
+    def _must_stay(self) -> dict[str, Any]:
+        """What a run cannot change when it goes on: its position and state would mean something else."""
+        settings, data = self._settings, self._settings.data
+        return {
+            "seed": settings.seed,
+            "precision": settings.precision,
+            "model": asdict(settings.model),
+            "data.name": data.name,
+            "data.sharding": data.sharding,
+            "the number of samples": self.loader.num_samples,
+            "the global batch (data.batch_size, or data.batch_size_per_rank times the ranks)": self.loader.batch_size,
+            "optimizer.name": settings.optimizer.name,
+            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._cluster.size),
+        }
 
     def _resume(self) -> int:
         """Collective: go on from the last whole checkpoint, if there is one; the `mark` of the journal there."""
@@ -187,8 +203,15 @@ class Trainer:
         if found is None:
             self._tell(f"{self._folder.path} has no checkpoint yet: the run begins at update 0")
             return 0
-        self.strategy.load_state(self._cluster.on_root_alone(found.load))
         counters = found.counters
+        for name, now in self._must_stay().items():
+            if counters["must_stay"][name] != now:
+                error = SettingsError(
+                    f"{name} is {now} and was {counters['must_stay'][name]}: a run that goes on cannot change it"
+                )
+                error.shared = True
+                raise error
+        self.strategy.load_state(self._cluster.on_root_alone(found.load))
         self.progress = Progress(**counters["progress"])
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
         self._window.restore(counters["window_of_ranks"], self._cluster)

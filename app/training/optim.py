@@ -20,15 +20,20 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:
     """The learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then constant or a half cosine to 0.
 
-    With `scale_learning_rate` all of it is times `num_ranks` (Goyal et al. 2017, section 2.1).
+    All of it is times `learning_rate_scale`.
     """
-    highest = settings.learning_rate * (num_ranks if settings.scale_learning_rate else 1)
+    highest = settings.learning_rate * learning_rate_scale(settings, num_ranks)
     warmup = settings.warmup_steps
     if step < warmup:
         return highest * (step + 1) / warmup
     if settings.schedule == "constant":
         return highest
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def learning_rate_scale(settings: OptimizerSettings, num_ranks: int) -> int:
+    """`num_ranks` with `scale_learning_rate` (Goyal et al. 2017, section 2.1), else 1."""
+    return num_ranks if settings.scale_learning_rate else 1
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

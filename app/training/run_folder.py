@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind. Rank 0 alone touches it.
+"""The folder that a run leaves behind. Rank 0 alone touches it, but for ledger/.
 
 settings.yaml      every setting of the run, ready for --config
 environment.json   versions, hardware, the ranks and how they were started
@@ -12,10 +12,12 @@ summary.json       how it ended
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,6 @@ class RunFolder:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 if any(folder.path.iterdir()):
                     raise SettingsError(f"run_dir is {folder.path}: it is not empty; name a new folder or remove it")
-            folder.write(SETTINGS_FILE, dump_settings(settings))
         return folder
 
     @staticmethod
@@ -62,11 +63,30 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        folder = RunFolder(Path(settings.run_dir or DEFAULT_RUN))
+        if settings.run_dir is None:
+            return RunFolder.create(settings)
+        folder = RunFolder(Path(settings.run_dir))
         with storage_errors():
             folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write(SETTINGS_FILE, dump_settings(settings))
         return folder
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here; the lock ends with the process, however it ends.
+
+        Raises:
+            StorageError: another job does.
+        """
+        with storage_errors():
+            lock = (self.path / ".lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(f"another job is training in {self.path}: wait for it, or end it") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     @staticmethod
     def open(path: Path) -> "RunFolder":
@@ -86,7 +106,15 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def settings(self) -> Settings:
+    def begin(self, settings: Settings, environment: Mapping[str, Any]) -> None:
+        """Record what this attempt runs with; what an earlier one has concluded no longer stands."""
+        with storage_errors():
+            (self.path / "summary.json").unlink(missing_ok=True)
+        # For --config and --resume, where the folder's own name would be in the way.
+        self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None)))
+        self.write_json("environment.json", environment)
+
+    def load_settings(self) -> Settings:
         return load_settings(self.path / SETTINGS_FILE)
 
     def write(self, name: str, text: str) -> None:
@@ -131,6 +159,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+            flush_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -162,3 +191,12 @@ def _point_latest_at(path: Path) -> None:
         temporary.symlink_to(path.name)
         temporary.replace(link)
     temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in `folder` outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

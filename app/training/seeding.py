@@ -1,5 +1,6 @@
 """Random states as pure functions of the position: nothing of them needs to be saved to go on as if never stopped."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -23,6 +24,14 @@ def seed_update(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def random_state_digest(device: torch.device) -> str:
+    """The sha256 of this rank's random state, hexadecimal."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().data)
+    if device.type == "cuda":
+        digest.update(torch.cuda.get_rng_state(device).numpy().data)
+    return digest.hexdigest()
 
 
 def make_deterministic() -> None:

@@ -88,7 +88,7 @@ def test_the_certificate_on_the_same_number_of_ranks() -> None:
     finished = launch("python app/verify_resume.py --ranks 2,2", timeout_seconds=400)
     assert finished.returncode == 0, finished.output
     assert "CERTIFIED: identical" in finished.stdout
-    assert finished.stdout.count(" identical\n") == 4
+    assert finished.stdout.count(" identical\n") == 5
 
 
 def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> None:
@@ -97,3 +97,21 @@ def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> Non
     assert "CERTIFIED: equal within 1e-09" in finished.stdout
     assert finished.stdout.count("killed: ") == 3
     assert "each sample exactly once" in finished.stdout
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    """A limit of 2 MB on the size of files lets everything pass but a checkpoint, as a nearly full disk does."""
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run {SHORT}"
+    finished = launch(f"ulimit -f 2000; {train}", cwd=tmp_path)
+    assert finished.returncode == 5, finished.output
+    assert finished.stderr.count("lockstep: ") == 1
+    assert "Traceback" not in finished.output
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_two_deterministic_runs_give_identical_bits(tmp_path: Path) -> None:
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --proof.deterministic true"
+    for run in ("first", "second"):
+        train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir {run} --num_epochs 2 {quick}"
+        assert launch(train, cwd=tmp_path).returncode == 0
+    assert _sha256(tmp_path / "first" / "model.safetensors") == _sha256(tmp_path / "second" / "model.safetensors")

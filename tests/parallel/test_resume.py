@@ -1,12 +1,15 @@
 """Promise 3: a run that was stopped and went on is the run that never stopped.
 
-Bit for bit on the same number of ranks; within rounding on another. Each stop falls into an epoch, behind a checkpoint
-whose updates since are lost, as with a kill.
+Bit for bit on the same number of ranks; within rounding on another. Each stop falls into an epoch, and the updates
+since the last checkpoint are lost. Real kills are in tests/launch/test_resume.py.
 """
 
 import json
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import horovod.torch as hvd
 import pytest
@@ -14,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, ReplicasDifferError
+from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsError
 from app.config import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
 from app.data.loader import Batch
+from app.parallel.merge import state_digest
 from app.parallel.replicated import Replicated
+from app.training.checkpoint import CheckpointWriter, list_checkpoints, verify_checkpoint
 from app.training.ledger import read_ledger
 from app.training.loop import Trainer
 from tests.parallel.building import build_trainer
@@ -192,7 +197,66 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_if_so_set(cluster: Clust
     settings = replace(SETTINGS, proof=replace(SETTINGS.proof, non_finite="skip"))
     trainer, strategy = build_trainer(cluster, settings, cluster.on_root(lambda: tmp_path))
     _poison(trainer, cluster, step=4, where="the loss")
-    evaluation = trainer.train()
-    assert (trainer.progress.step, trainer.progress.num_skipped) == (21, 1)
-    assert torch.isfinite(torch.tensor(evaluation.loss))
+    batches = trainer.loader.rest_of_epoch()
+    for _ in range(4):
+        trainer.update(next(batches))
+    before = state_digest(strategy.state())
+    trainer.update(next(batches))
+    assert state_digest(strategy.state()) == before
+    assert (trainer.progress.step, trainer.progress.num_skipped) == (5, 1)
+    assert torch.isfinite(torch.tensor(trainer.train().loss))
     strategy.compare("after the skip")
+    cluster.all_gather_object(None)
+    first, *others = read_ledger(cluster.on_root(lambda: tmp_path))
+    assert (first.is_exact, first.num_skipped) == (True, 8)
+    assert all(account.is_exact and account.num_skipped == 0 for account in others)
+
+
+@pytest.mark.world_size(2)
+def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the copy is, the checkpoint holds what was then."""
+    copy = CheckpointWriter._copy
+
+    def slow_copy(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
+        time.sleep(0.3)
+        copy(writer, tensors)
+
+    monkeypatch.setattr(CheckpointWriter, "_copy", slow_copy)
+    folder = cluster.on_root(lambda: tmp_path)
+    trainer, strategy = build_trainer(cluster, SETTINGS, folder)
+    batches = trainer.loader.rest_of_epoch()
+    for _ in range(SETTINGS.checkpoint.interval):
+        trainer.update(next(batches))
+    digest = state_digest(strategy.state())
+    trainer.update(next(batches))
+    assert state_digest(strategy.state()) != digest
+    if trainer.writer:
+        trainer.writer.wait()
+        assert state_digest(verify_checkpoint(list_checkpoints(folder)[0]).load()) == digest
+    cluster.all_gather_object(None)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 7}, "seed is 7 and was 0"),
+        ({"precision": "float64"}, "precision is float64"),
+        ({"data": replace(SETTINGS.data, batch_size=9)}, "the global batch"),
+        ({"data": replace(SETTINGS.data, num_samples=60)}, "the number of samples is 60 and was 50"),
+        ({"optimizer": ADAM.optimizer}, "optimizer.name is adam and was sgd"),
+        ({"model": replace(SETTINGS.model, dropout1=0.0)}, "model is"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_run_cannot_change_is_refused_when_it_goes_on(
+    cluster: Cluster, change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    folder = cluster.on_root(lambda: tmp_path)
+    _run(cluster, SETTINGS, folder, stop=6)
+    with pytest.raises(SettingsError, match=named) as caught:
+        build_trainer(cluster, replace(SETTINGS, **change), folder, resume=True)
+    assert caught.value.shared
+    _run(cluster, replace(SETTINGS, num_epochs=2), folder, resume=True)  # the length may change

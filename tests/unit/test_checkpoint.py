@@ -61,7 +61,14 @@ def test_what_was_saved_is_read_from_however_many_files(
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     _write(tmp_path, 1, 2, 30, 4, keep=2)
-    assert _names(tmp_path) == [4, 30]  # by update, not by age: 30 is of an attempt that had come further
+    assert _names(tmp_path) == [2, 4]  # 30 was of an attempt that this one has replaced
+
+
+def test_a_damaged_one_with_a_higher_number_does_not_cost_the_one_just_written(tmp_path: Path) -> None:
+    _write(tmp_path, 20, 30)
+    _flip_a_byte(tmp_path / "checkpoints" / "000000000030")
+    _write(tmp_path, 25, keep=1)
+    assert _names(tmp_path) == [25]
 
 
 def _flip_a_byte(path: Path) -> None:

@@ -93,6 +93,23 @@ def test_a_resumed_run_begins_with_its_own_settings(tmp_path: Path) -> None:
     assert (settings.seed, settings.num_epochs, settings.run_dir) == (5, 9, str(tmp_path))
 
 
+def test_a_folder_with_a_name_like_a_pattern_is_resumed_with_its_own_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run[2]*"
+    run.mkdir()
+    (run / "settings.yaml").write_text(dump_settings(replace(Settings(), seed=5)))
+    assert parse_settings(["--resume", "--run_dir", str(run)])[0].seed == 5
+
+
+def test_resume_without_a_name_goes_on_with_the_last_run_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_settings(["--resume"]) == (Settings(), True)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "latest").symlink_to("first")
+    assert parse_settings(["--resume"])[0].run_dir == str(tmp_path / "runs" / "first")
+
+
 def test_a_run_that_never_began_is_resumed_from_the_defaults(tmp_path: Path) -> None:
     settings, resume = parse_settings(["--resume", "--run_dir", str(tmp_path / "new")])
     assert resume

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from app.cluster.failure import StorageError
-from app.training.ledger import Ledger, last_attempt, read_ledger
+from app.training.ledger import Ledger, last_attempt, ledger_digest, read_ledger
 
 BATCHES = np.arange(12).reshape(4, 3)  # four updates an epoch of 12 samples
 
 
 def _attempt(run: Path, attempt: int, start: int, stop: int, num_ranks: int, lost_bytes: int = 0) -> None:
     """Updates start ... stop - 1, dealt to `num_ranks` ranks; a kill takes the last bytes of each file."""
+    run.mkdir(exist_ok=True)
     for rank in range(num_ranks):
         path = Ledger.path(run, attempt, start, rank)
         ledger = Ledger(path, num_samples=12)
@@ -43,7 +44,8 @@ def test_an_unfinished_epoch_is_exact_so_far(tmp_path: Path) -> None:
 def test_a_sample_that_was_used_twice_is_found(tmp_path: Path) -> None:
     _attempt(tmp_path, 0, start=0, stop=4, num_ranks=1)
     ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=1), num_samples=12)
-    ledger.record(2, 0, np.array([5]))
+    for update in range(4):
+        ledger.record(update, 0, np.array([5] if update == 2 else []))
     ledger.close()
     (account,) = read_ledger(tmp_path)
     assert (account.num_used, account.num_distinct) == (13, 12)
@@ -56,6 +58,49 @@ def test_a_lost_update_is_found(tmp_path: Path) -> None:
     _attempt(tmp_path, 1, start=3, stop=4, num_ranks=1)
     (account,) = read_ledger(tmp_path)
     assert (account.num_used, account.num_distinct, account.num_samples) == (9, 9, 12)
+
+
+def test_ranks_that_died_at_different_updates_raise_no_alarm(tmp_path: Path) -> None:
+    """Rank 1's last entries went with it: they count on no rank, and the next attempt does them again."""
+    _attempt(tmp_path, 0, start=0, stop=6, num_ranks=2)
+    path = Ledger.path(tmp_path, 0, 0, rank=1)
+    path.write_bytes(path.read_bytes()[: 8 + 3 * 8 * 5])
+    (account,) = read_ledger(tmp_path)
+    assert (account.num_used, account.is_exact_so_far) == (9, True)
+
+
+def test_an_epoch_that_is_missing_is_found(tmp_path: Path) -> None:
+    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=0), num_samples=12)
+    for epoch in (0, 2):
+        ledger.record(epoch, epoch, np.arange(12))
+    ledger.close()
+    assert [account.is_exact for account in read_ledger(tmp_path)] == [True, False, True]
+
+
+def test_skipped_updates_are_counted_apart(tmp_path: Path) -> None:
+    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=0), num_samples=12)
+    ledger.record(0, 0, np.arange(8))
+    ledger.record(1, 0, np.arange(8, 12), skipped=True)
+    ledger.close()
+    (account,) = read_ledger(tmp_path)
+    assert (account.is_exact, account.num_skipped) == (True, 4)
+
+
+def test_an_altered_ledger_is_told(tmp_path: Path) -> None:
+    path = Ledger.path(tmp_path, 0, 0, rank=0)
+    path.parent.mkdir()
+    path.write_bytes(np.array([12, 0, 0, 0, -3], dtype="<i8").tobytes())
+    with pytest.raises(StorageError, match="altered"):
+        read_ledger(tmp_path)
+
+
+def test_the_digest_is_the_same_however_often_a_run_stopped(tmp_path: Path) -> None:
+    _attempt(tmp_path / "never", 0, start=0, stop=8, num_ranks=2)
+    _attempt(tmp_path / "stopped", 0, start=0, stop=5, num_ranks=2)
+    _attempt(tmp_path / "stopped", 1, start=3, stop=8, num_ranks=2)
+    _attempt(tmp_path / "other", 0, start=0, stop=8, num_ranks=1)
+    digests = [ledger_digest(tmp_path / name) for name in ("never", "stopped", "other")]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_no_ledger_is_told(tmp_path: Path) -> None:

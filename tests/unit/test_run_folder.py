@@ -20,15 +20,24 @@ def test_a_run_without_a_name_gets_a_new_folder_each_time(tmp_path: Path, monkey
     first, second = RunFolder.create(Settings()), RunFolder.create(Settings())
     assert first.path != second.path
     assert Path("runs/latest").resolve() == second.path.resolve()
-    assert second.settings() == Settings()
+    second.begin(Settings(seed=3, run_dir=str(second.path)), {})
+    assert second.load_settings() == Settings(seed=3)
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     settings = Settings(run_dir=str(tmp_path / "run"))
-    RunFolder.create(settings)
+    RunFolder.create(settings).write("metrics.jsonl", "")
     with pytest.raises(SettingsError, match="not empty") as caught:
         RunFolder.create(settings)
     assert caught.value.exit_code == ExitCode.SETTINGS
+
+
+def test_two_jobs_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(Settings(run_dir=str(tmp_path / "run")))
+    with folder.locked(), pytest.raises(StorageError, match="another job"), folder.locked():
+        pass
+    with folder.locked():
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
