@@ -63,6 +63,7 @@ class Replicated:
         tally = self._backward(micro_batches, loss_sum, seed)
         self._cluster.sum_(self._buffer, name="gradient")
         # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
+        # The look waits for the device once an update, so that all ranks stop or skip in this update.
         if not math.isfinite(self._buffer.sum()) and not self._buffer.isfinite().all():
             raise self._non_finite(micro_batches, loss_sum, seed)
         if before_step:
