@@ -7,6 +7,7 @@ rounds of (this variant's block) / (the plain block of the same round). Where bl
 measured, the last column tells: the proof's own time over that of an update.
 """
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ def main(cluster: Cluster) -> None:
     stall, whole = _checkpoint_stall(saving, folder)
     if cluster.is_root:
         _print(cluster.size, seconds, own_cost, stall, whole)
+    cluster.on_root(lambda: shutil.rmtree(folder))
 
 
 def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
