@@ -22,7 +22,7 @@ from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
 from app.training.loop import Progress, Trainer
 from app.training.optim import build_optimizer
-from app.training.run_folder import RunFolder, storage_errors
+from app.training.run_folder import RunFolder, json_number, storage_errors
 from app.training.seeding import make_deterministic, seed_model
 
 
@@ -58,7 +58,7 @@ def _finish(
         "summary.json",
         {
             "accuracy": evaluation.accuracy,
-            "loss": evaluation.loss,
+            "loss": json_number(evaluation.loss),
             "num_held_out_samples": evaluation.num_samples,
             "num_parameters": sum(tensor.numel() for tensor in merged.values()),
             "model_digest": state_digest(merged),

@@ -63,19 +63,19 @@ class Cluster:
         if hvd.size() != mpi.size:
             if hvd.rank() != 0:
                 sys.exit(ExitCode.SETTINGS)
-            raise _shared(
+            raise SettingsError(
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
-            )
+            ).on_all_ranks()
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         _divide_cores(node)
         device = _device_of(node.rank)
         gpus = [gpu for gpu in mpi.allgather(_gpu_name(device)) if gpu]
         if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
-            raise _shared(
+            raise SettingsError(
                 f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
                 "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
-            )
+            ).on_all_ranks()
         return Cluster(mpi.rank, mpi.size, node.rank, node.size, device, mpi)
 
     @staticmethod
@@ -200,12 +200,6 @@ def _divide_cores(node: MPI.Comm) -> None:
         torch.set_num_threads(max(1, len(cores) // ranks_on_them))
 
 
-def _shared(message: str) -> SettingsError:
-    error = SettingsError(message)
-    error.shared = True
-    return error
-
-
 def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:
     try:
         return function()
@@ -215,7 +209,7 @@ def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:
 
 def _value_of(answer: T | LockstepError | SystemExit) -> T:
     if isinstance(answer, LockstepError):
-        answer.shared = True
-    if isinstance(answer, LockstepError | SystemExit):
+        raise answer.on_all_ranks()
+    if isinstance(answer, SystemExit):
         raise answer
     return answer

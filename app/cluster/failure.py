@@ -8,6 +8,7 @@ in a collective: that rank tells it and aborts the whole job, so that nobody han
 import sys
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -32,6 +33,11 @@ class LockstepError(Exception):
 
     exit_code = ExitCode.BUG
     shared = False
+
+    def on_all_ranks(self) -> Self:
+        """This error, marked as one that every rank raises in the same place."""
+        self.shared = True
+        return self
 
 
 class SettingsError(LockstepError):

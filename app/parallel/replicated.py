@@ -92,9 +92,7 @@ class Replicated:
         first = self._cluster.all_gather_object(found[:1])
         culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
         where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
-        error = NonFiniteError(f"{where} is infinite or not a number")
-        error.shared = True
-        return error
+        return NonFiniteError(f"{where} is infinite or not a number").on_all_ranks()
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,5 @@ def compare_replicas(cluster: Cluster, state: Mapping[str, object], when: str) -
         if minority:
             ranks = ", ".join(map(str, minority))
             tie = " (no majority: rank 0 is taken for right)" if 2 * count <= cluster.size else ""
-            error = ReplicasDifferError(f"the replicas differ {when}: {name} of rank {ranks} is not the others'{tie}")
-            error.shared = True
-            raise error
+            message = f"the replicas differ {when}: {name} of rank {ranks} is not the others'{tie}"
+            raise ReplicasDifferError(message).on_all_ranks()

@@ -12,7 +12,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from app.training.run_folder import RunFolder, storage_errors
+from app.training.run_folder import RunFolder, json_number, storage_errors
 
 
 class Journal:
@@ -96,7 +96,8 @@ class RootJournal(Journal):
         """Raises StorageError where it cannot be written."""
         values = {"loss": loss, "accuracy": accuracy, **others}
         with storage_errors():
-            self._metrics.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+            numbers = {name: json_number(value) for name, value in values.items()}
+            self._metrics.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
                 scalar = summary.scalar(f"{kind}/{name}", value)

@@ -206,11 +206,9 @@ class Trainer:
         counters = found.counters
         for name, now in self._must_stay().items():
             if counters["must_stay"][name] != now:
-                error = SettingsError(
-                    f"{name} is {now} and was {counters['must_stay'][name]}: a run that goes on cannot change it"
-                )
-                error.shared = True
-                raise error
+                was = counters["must_stay"][name]
+                message = f"{name} is {now} and was {was}: a run that goes on cannot change it"
+                raise SettingsError(message).on_all_ranks()
         self.strategy.load_state(self._cluster.on_root_alone(found.load))
         self.progress = Progress(**counters["progress"])
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]

@@ -14,6 +14,7 @@ summary.json       how it ended
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -191,6 +192,11 @@ def _point_latest_at(path: Path) -> None:
         temporary.symlink_to(path.name)
         temporary.replace(link)
     temporary.unlink(missing_ok=True)
+
+
+def json_number(value: float) -> float | None:
+    """`value`, or None where it is infinite or not a number, which JSON cannot say."""
+    return value if math.isfinite(value) else None
 
 
 def flush_folder(folder: Path) -> None:

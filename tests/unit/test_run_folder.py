@@ -109,6 +109,14 @@ def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG_HEADER)
 
 
+def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), num_updates=2) as journal:
+        journal.record("held_out", 1, epoch=0, loss=2.0, accuracy=0.5)
+        journal.record("held_out", 2, epoch=1, loss=float("inf"), accuracy=0.5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+
+
 @pytest.mark.parametrize("num_images", [0, 1, 24])
 def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None:
     images = torch.randint(0, 256, (num_images, 1, 28, 28), dtype=torch.uint8)
