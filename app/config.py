@@ -52,6 +52,12 @@ class ModelSettings:
     dropout2: float = 0.5
     """Probability of dropping a unit after the first linear layer."""
 
+    channels_last: bool = True
+    """Keep images and filters with their channels innermost, which convolutions compute on fastest."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: worth its first minute on GPUs and for models of many small layers."""
+
     def __post_init__(self) -> None:
         for name in ("dropout1", "dropout2"):
             value = getattr(self, name)
@@ -90,6 +96,33 @@ class OptimizerSettings:
         decay = self.weight_decay
         _check(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "it must be finite, not negative")
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the ranks' gradients become one."""
+
+    reduction: Literal["sum", "adasum"] = "sum"
+    """sum: the exact mean over the global batch; adasum: Maleki et al. 2020, for a power of two of ranks."""
+
+    wire: Literal["full", "bf16", "fp16"] = "full"
+    """The data type in which gradients are sent; they are added up in full. Halves the time on a slow network."""
+
+    bucket_mib: float | None = None
+    """MiB of gradients that are sent at once while the backward pass goes on; by default 25 on GPUs, and on CPUs, where
+    no core is left to send them, all after it."""
+
+    num_micro_batches: int = 1
+    """In how many pieces a rank takes its part of a global batch through the model, to save memory; sent once."""
+
+    def __post_init__(self) -> None:
+        size = self.bucket_mib
+        _check(size is None or size > 0, "gradient.bucket_mib", size, "it must be above 0")
+        _check(
+            self.num_micro_batches >= 1, "gradient.num_micro_batches", self.num_micro_batches, "it must be at least 1"
+        )
+        full = self.reduction == "sum" or self.wire == "full"
+        _check(full, "gradient.wire", self.wire, "adasum sends gradients in full")
 
 
 @dataclass(frozen=True)
@@ -145,8 +178,9 @@ class Settings:
     num_epochs: int = 12
     """How often every sample is learned from."""
 
-    precision: Literal["float32", "float64"] = "float32"
-    """The data type of parameters and arithmetic."""
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """The data type of parameters and arithmetic; bf16: parameters in float32, and layers that gain by it in bfloat16
+    (torch.autocast)."""
 
     log_interval: int = 100
     """Updates between two log lines; each costs one reduction over the ranks."""
@@ -157,6 +191,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    gradient: GradientSettings = field(default_factory=GradientSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     proof: ProofSettings = field(default_factory=ProofSettings)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in its __all__
     ActionConfigFile,
@@ -29,6 +29,9 @@ OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "PYTHON"
 COMMANDS = {"config", "help", "print_config"}  # on the command line only
 DEFAULT_RUN = Path("runs/latest")
 SETTINGS_FILE = "settings.yaml"
+TRAINS = "Trains synchronously over every rank of the job, then merges the model on rank 0."
+
+T = TypeVar("T")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,6 +60,7 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
     """
     args = sys.argv[1:] if args is None else args
     parser = _parser(default_env=True)
+    parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
     try:
         _refuse_unknown_environment(parser)
         parsed = parser.parse_args(args)
@@ -69,6 +73,24 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
         raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} --help") from error
+
+
+def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
+    """The settings in `args` and the environment, and the `options` (a dataclass) of a benchmark beside them.
+
+    Raises:
+        SettingsError: one of either is unknown or wrong.
+        SystemExit: for --help and --print_config.
+    """
+    parser = _parser(default_env=True, prog="app/benchmark.py", description=options.__doc__ or "")
+    parser.add_class_arguments(options)
+    try:
+        _refuse_unknown_environment(parser)
+        parsed = parser.instantiate(parser.parse_args(args))
+        return _settings_of(parsed), options(**{name: parsed[name] for name in options.__annotations__})
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        hint = _nearest_setting(parser, args)
+        raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} {sys.argv[1]} --help") from error
 
 
 def load_settings(path: Path) -> Settings:
@@ -90,17 +112,16 @@ def dump_settings(settings: Settings) -> str:
     return str(parser.dump(parser.parse_object(asdict(settings))))
 
 
-def _parser(default_env: bool) -> ArgumentParser:
+def _parser(default_env: bool, prog: str = "app/train.py", description: str = TRAINS) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="app/train.py",
-        description="Trains synchronously over every rank of the job, then merges the model on rank 0.",
+        prog=prog,
+        description=description,
         default_env=default_env,
         env_prefix=ENVIRONMENT_PREFIX,
         exit_on_error=False,
         allow_abbrev=False,  # a setting that is not written out is a mistake
     )
     parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset in app/presets.")
-    parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
     parser.add_class_arguments(Settings)
     return parser
 

@@ -14,16 +14,14 @@ import contextlib
 from torch import Tensor
 
 from app.cluster.comm import Cluster
-from app.cluster.inventory import describe_briefly, take_inventory
+from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.cluster.program import run_program
 from app.parallel.merge import state_digest
-from app.parallel.replicated import Replicated
 from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
-from app.training.loop import Progress, Trainer
-from app.training.optim import build_optimizer
+from app.training.loop import Progress, build_trainer
 from app.training.run_folder import RunFolder, json_number, storage_errors
-from app.training.seeding import make_deterministic, seed_model
+from app.training.seeding import make_deterministic
 
 
 def main(cluster: Cluster) -> None:
@@ -36,14 +34,11 @@ def main(cluster: Cluster) -> None:
         cluster.on_root(lambda: stack.enter_context(folder.locked()))
         inventory = take_inventory(cluster)
         if cluster.is_root:
-            print(describe_briefly(cluster, inventory), flush=True)
-        seed_model(settings.seed)
-        model = task.build_model()
-        strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-        trainer = Trainer(cluster, settings, task, strategy, folder, resume)
+            print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
+        trainer = build_trainer(cluster, settings, task, folder, resume)
         cluster.on_root(lambda: folder.begin(settings, inventory))
         evaluation = trainer.train()
-        merged = strategy.full_state()
+        merged = trainer.strategy.full_state()
         cluster.on_root(lambda: _finish(folder, merged or {}, evaluation, trainer.progress, cluster.size))
 
 

@@ -23,14 +23,11 @@ from app.cluster.comm import Cluster
 from app.cluster.program import run_program
 from app.config import CheckpointSettings, DataSettings, ProofSettings, Settings
 from app.data.loader import Batch
-from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
 from app.training.checkpoint import write_checkpoint
 from app.training.ledger import Ledger
-from app.training.loop import Trainer
-from app.training.optim import build_optimizer
+from app.training.loop import Trainer, build_trainer
 from app.training.run_folder import RunFolder
-from app.training.seeding import seed_model
 
 NUM_ROUNDS = 5
 NUM_SAVES = 21
@@ -90,11 +87,7 @@ def main(cluster: Cluster) -> None:
 
 def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
     cluster.on_root(lambda: folder.mkdir())
-    task = Classify(settings, cluster)
-    seed_model(settings.seed)
-    model = task.build_model()
-    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-    trainer = Trainer(cluster, settings, task, strategy, RunFolder(folder), resume=False)
+    trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
     return Runner(trainer, _forever(trainer), settings.proof.deterministic)
 
 

@@ -8,21 +8,40 @@ parts, for which Horovod has no gather. Both share one MPI: mpi4py is imported f
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+# A value that the site has set wins over each of these; Open MPI and Horovod read them when they start.
 # Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
-# all-reduce of 2 ms takes 50 ms. Open MPI reads this when it is loaded; a value that the site has set wins.
+# all-reduce of 2 ms takes 50 ms.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+# Horovod's thread looks for work this often, in milliseconds. At 1 an all-reduce begins half a millisecond late; that
+# looking more often takes no time from the ranks is seen to by `threads_at_lowest_priority`.
+os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
+# Fusing what happens to be ready together would add up in another order from run to run; gradients come in buckets.
+os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
 
 from mpi4py import MPI  # isort: skip
 import horovod.torch as hvd
 import torch
 from torch import Tensor
 
+from app.cluster.affinity import (
+    Cpus,
+    allowed_cpus,
+    choose_gpus,
+    cpus_near,
+    num_cores,
+    pin,
+    read_topology,
+    share_cores,
+    threads_at_lowest_priority,
+)
 from app.cluster.failure import ExitCode, LockstepError, SettingsError
+from app.cluster.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -57,9 +76,13 @@ class Cluster:
 
     @staticmethod
     def start() -> "Cluster":
-        """Collective: join the job that a launcher started, or be the only rank."""
+        """Collective: join the job that a launcher started, or be the only rank; on cores and a GPU of its own."""
+        keep_freed_memory()
         mpi = MPI.COMM_WORLD
-        hvd.init()
+        node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        device = _choose_device(node)
+        _bind_to_cores(node, device)  # before Horovod's thread starts, which stays with its rank
+        _start_horovod()
         if hvd.size() != mpi.size:
             if hvd.rank() != 0:
                 sys.exit(ExitCode.SETTINGS)
@@ -67,9 +90,6 @@ class Cluster:
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
             ).on_all_ranks()
-        node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        _divide_cores(node)
-        device = _device_of(node.rank)
         gpus = [gpu for gpu in mpi.allgather(_gpu_name(device)) if gpu]
         if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
             raise SettingsError(
@@ -91,6 +111,18 @@ class Cluster:
         """Collective: leave the job in good order."""
         hvd.shutdown()
         MPI.Finalize()
+
+    @contextmanager
+    def without_horovod(self) -> Iterator[None]:
+        """Collective: Horovod's thread rests inside, and its collectives cannot be used: for measuring without it."""
+        hvd.shutdown()
+        yield
+        self.barrier()
+        _start_horovod()
+
+    def barrier(self) -> None:
+        """Collective: wait for every rank."""
+        self._mpi.Barrier()
 
     # -- objects ---------------------------------------------------------------------------------------------------
 
@@ -131,10 +163,38 @@ class Cluster:
         """Collective: `tensor` summed over all ranks, in place. `name` must be the same on every rank."""
         return hvd.allreduce_(tensor, op=hvd.Sum, name=name) if self.size > 1 else tensor
 
+    def begin_sum_(self, tensor: Tensor, name: str) -> Callable[[], None]:
+        """Collective: as `sum_`, but goes on at once; the sum is there when the returned function has been called."""
+        if self.size == 1:
+            return lambda: None
+        handle = hvd.allreduce_async_(tensor, op=hvd.Sum, name=name)
+        return lambda: hvd.synchronize(handle)
+
+    def adasum_(self, tensors: Sequence[Tensor], name: str) -> None:
+        """Collective: combine each tensor over the ranks, in place, by Adasum (Maleki et al. 2020, section 3).
+
+        The number of ranks must be a power of two.
+        """
+        if self.size > 1:
+            hvd.grouped_allreduce_(tensors, op=hvd.Adasum, name=name)
+
+    def all_to_all(self, tensor: Tensor, name: str) -> Tensor:
+        """Collective: part r of `tensor` (size * n,) goes to rank r; returns what came, in the order of the ranks."""
+        return hvd.alltoall(tensor, name=name) if self.size > 1 else tensor
+
+    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
+        """Collective: every rank's `tensor` (n,), one after the other in the order of the ranks, (size * n,)."""
+        return hvd.allgather(tensor, name=name) if self.size > 1 else tensor
+
     def broadcast_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Collective: rank 0's `tensors` overwrite every other rank's."""
-        if self.size > 1:
-            hvd.broadcast_parameters(tensors, root_rank=0)
+        if self.size == 1:
+            return
+        sent = {name: tensor.contiguous() for name, tensor in tensors.items()}  # Horovod refuses channels-last ones
+        hvd.broadcast_parameters(sent, root_rank=0)
+        for name, tensor in tensors.items():
+            if sent[name] is not tensor:
+                tensor.copy_(sent[name])
 
     def gather_parts(self, part: Tensor) -> list[Tensor]:
         """Collective: every rank's flat `part` (lengths may differ) on rank 0, in the order of the ranks; else none."""
@@ -175,14 +235,20 @@ def gpu_left_idle() -> bool:
     return torch.cuda.is_available() and not hvd.nccl_built()
 
 
-def _device_of(local_rank: int) -> torch.device:
-    """The GPU of this node-local rank; the CPU where there is none or Horovod has no NCCL."""
-    if not (torch.cuda.is_available() and hvd.nccl_built()):
+def _start_horovod() -> None:
+    with threads_at_lowest_priority():
+        hvd.init()
+
+
+def _choose_device(node: MPI.Comm) -> torch.device:
+    """Collective over one node: the GPU of this rank; the CPU where there is none or Horovod has no NCCL."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and hvd.nccl_built() else 0
+    visible = [str(torch.cuda.get_device_properties(index).uuid) for index in range(num_gpus)]
+    index = choose_gpus(node.allgather(visible))[node.rank]
+    if index is None:
         return torch.device("cpu")
-    # A scheduler may show each rank its own GPU only, as number 0.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _gpu_name(device: torch.device) -> str | None:
@@ -192,12 +258,23 @@ def _gpu_name(device: torch.device) -> str | None:
     return f"GPU {properties.uuid} ({properties.name}) on {MPI.Get_processor_name()}"
 
 
-def _divide_cores(node: MPI.Comm) -> None:
-    """Collective over one node: as many compute threads as this rank's share of the cores that it may run on."""
-    cores = os.sched_getaffinity(0)
-    ranks_on_them = node.allgather(cores).count(cores)  # by all, though some may have a wish of their own
+def _cpus_near(device: torch.device) -> Cpus:
+    if device.type != "cuda":
+        return frozenset()
+    gpu: Any = torch.cuda.get_device_properties(device)  # typed without its address
+    return cpus_near(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
+
+
+def _bind_to_cores(node: MPI.Comm, device: torch.device) -> None:
+    """Collective over one node: this rank's share of the cores near its GPU, and a compute thread for each of them."""
+    allowed = allowed_cpus()
+    pools = node.allgather((allowed & _cpus_near(device)) or allowed)
+    topology = read_topology(frozenset().union(*pools))
+    shares = share_cores(pools, topology)
+    share = shares[node.rank]
+    pin(share)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(cores) // ranks_on_them))
+        torch.set_num_threads(max(1, num_cores(share, topology) // shares.count(share)))
 
 
 def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:

@@ -1,8 +1,9 @@
 """Batches with a position: (epoch, consumed) says all that is needed to go on from there, on any number of shards."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,19 @@ class Batch:
     ids: Ids
     index: int
     global_size: int
+
+    def split(self, num_pieces: int) -> list["Batch"]:
+        """Up to `num_pieces` pieces of this shard's part, of nearly equal size; none is empty unless all of it is."""
+        num_pieces = max(1, min(num_pieces, len(self.targets)))
+        if num_pieces == 1:
+            return [self]
+        pieces = zip(
+            self.inputs.tensor_split(num_pieces),
+            self.targets.tensor_split(num_pieces),
+            np.array_split(self.ids, num_pieces),
+            strict=True,
+        )
+        return [replace(self, inputs=inputs, targets=targets, ids=ids) for inputs, targets, ids in pieces]
 
 
 class BatchLoader:

@@ -34,4 +34,5 @@ class Net(nn.Module):
         x = F.relu(x)
         x = self.dropout2(x)
         x = self.fc2(x)
-        return F.log_softmax(x, dim=1)
+        # In the parameters' precision also where a layer before was in bfloat16, as autocast does on GPUs.
+        return F.log_softmax(x.to(self.fc2.weight.dtype), dim=1)

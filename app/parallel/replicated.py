@@ -1,14 +1,15 @@
 """Every rank holds the whole model; gradients are summed over all ranks after each backward pass."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, ReplicasDifferError
+from app.config import GradientSettings
 from app.data.loader import Batch
+from app.parallel.gradients import Gradients
 from app.parallel.merge import merge_shards, shard_of, state_digest, state_tensors
 from app.parallel.sentinel import compare_replicas
 from app.training.seeding import seed_update
@@ -20,16 +21,29 @@ LossSum = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 class Replicated:
     """Synchronous data parallelism: the same model, the same step, on every rank.
 
-    Gradients live in one flat buffer, of which each parameter's `.grad` is a view: one all-reduce an update, of fixed
-    size and order, with no copy in or out. The buffer's last element is the loss, so that a loss that is not finite on
-    one rank is known to all in the same update.
+    Attributes:
+        model: this rank's replica.
+        optimizer: over all parameters of `model`.
+        gradients: of the last update, over all ranks.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        cluster: Cluster,
+        settings: GradientSettings | None = None,
+    ) -> None:
+        """
+        Raises:
+            SettingsError: on every rank: the number of ranks does not fit `settings`.
+        """
+        settings = settings or GradientSettings()
         self.model = model
         self.optimizer = optimizer
         self._cluster = cluster
-        self._buffer = _flat_gradients(model)
+        self._num_micro_batches = settings.num_micro_batches
+        self.gradients = Gradients(model, cluster, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -37,7 +51,7 @@ class Replicated:
 
     def update(
         self,
-        micro_batches: Sequence[Batch],
+        batch: Batch,
         loss_sum: LossSum,
         seed: int,
         before_step: Callable[[], None] | None = None,
@@ -45,10 +59,10 @@ class Replicated:
         """Collective: one optimizer step along the exact mean gradient over the global batch.
 
         Each rank divides its summed loss by the *global* number of samples, and the gradients are summed: ranks may
-        hold different numbers of samples, or none.
+        hold different numbers of samples, or none. Adasum combines the means over each rank's own samples instead.
 
         Args:
-            micro_batches: this rank's samples; their `global_size` adds up to the global batch.
+            batch: this rank's samples of a global batch.
             loss_sum: what to minimise.
             seed: of everything random in this update, on this rank.
             before_step: called after the backward pass, before parameters and optimizer state change.
@@ -60,35 +74,38 @@ class Replicated:
             NonFiniteError: on every rank, with nothing of the model changed but buffers, if a loss or gradient is
                 infinite or not a number on any rank; names the first such rank and tensor.
         """
-        tally = self._backward(micro_batches, loss_sum, seed)
-        self._cluster.sum_(self._buffer, name="gradient")
-        # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
-        # The look waits for the device once an update, so that all ranks stop or skip in this update.
-        if not math.isfinite(self._buffer.sum()) and not self._buffer.isfinite().all():
-            raise self._non_finite(micro_batches, loss_sum, seed)
+        tally = self._backward(batch, loss_sum, seed, send=True)
+        self.gradients.finish()
+        if not self.gradients.are_finite():  # waits for the device, so that all ranks stop or skip in this update
+            raise self._non_finite(batch, loss_sum, seed)
         if before_step:
             before_step()
         self.optimizer.step()
         return tally
 
-    def _backward(self, micro_batches: Sequence[Batch], loss_sum: LossSum, seed: int) -> Tensor:
-        seed_update(seed, self._buffer.device)
-        self._buffer.zero_()
-        global_size = sum(batch.global_size for batch in micro_batches)
+    def _backward(self, batch: Batch, loss_sum: LossSum, seed: int, send: bool) -> Tensor:
+        """This rank's gradients; `send` (collective) lets them go to the other ranks as they become ready."""
+        seed_update(seed, batch.inputs.device)
+        gradients = self.gradients
+        gradients.begin()
+        num_samples = max(1, len(batch.targets)) if gradients.reduction == "adasum" else batch.global_size
         tallies = []
-        for batch in micro_batches:
-            loss, tally = loss_sum(self.model, batch)
-            loss = loss / global_size
+        pieces = batch.split(self._num_micro_batches)
+        for piece in pieces:
+            loss, tally = loss_sum(self.model, piece)
+            loss = loss / num_samples
+            gradients.add_loss(loss)
+            if send and piece is pieces[-1]:
+                gradients.send_from_now_on()
             loss.backward()
-            self._buffer[-1] += loss.detach()
             tallies.append(tally)
         return torch.stack(tallies).sum(0)
 
-    def _non_finite(self, micro_batches: Sequence[Batch], loss_sum: LossSum, seed: int) -> NonFiniteError:
+    def _non_finite(self, batch: Batch, loss_sum: LossSum, seed: int) -> NonFiniteError:
         """Collective: compute this rank's part once more, by itself, and find the rank and the tensor."""
-        self._backward(micro_batches, loss_sum, seed)
+        self._backward(batch, loss_sum, seed, send=False)
         named = [(f"the gradient of {name}", parameter.grad) for name, parameter in self.model.named_parameters()]
-        found = [name for name, tensor in [("the loss", self._buffer[-1]), *named] if not _is_finite(tensor)]
+        found = [name for name, tensor in [("the loss", self.gradients.flat[-1]), *named] if not _is_finite(tensor)]
         first = self._cluster.all_gather_object(found[:1])
         culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
         where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
@@ -147,9 +164,13 @@ class Replicated:
         received = of_optimizer or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         self._cluster.broadcast_parameters(received)
         by_index: dict[int, dict[str, Tensor]] = {}
+        parameters = dict(self.model.named_parameters())
         for name, tensor in received.items():
-            _, kind, parameter = name.split("/")
-            by_index.setdefault(self._names.index(parameter), {})[kind] = tensor
+            _, kind, of = name.split("/")
+            if tensor.shape == parameters[of].shape:
+                # Fused optimizers walk through memory: they take the elements for others unless the strides are equal.
+                tensor = torch.empty_like(parameters[of]).copy_(tensor)
+            by_index.setdefault(self._names.index(of), {})[kind] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
         if state is not None:
             model = {name.removeprefix("model/"): part for name, part in state.items() if name.startswith("model/")}
@@ -184,21 +205,3 @@ class Replicated:
 
 def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or bool(tensor.isfinite().all())
-
-
-def _flat_gradients(model: nn.Module) -> Tensor:
-    """Give each trainable parameter a `.grad` that is a view of one flat buffer, which has one element more.
-
-    A view has its parameter's own strides, without which fused optimizers refuse channels-last weights.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
-    if len(kinds) != 1:
-        raise ValueError(f"the model's trainable parameters are of {kinds}: one data type on one device is needed")
-    ((dtype, device),) = kinds
-    buffer = torch.zeros(sum(parameter.numel() for parameter in parameters) + 1, dtype=dtype, device=device)
-    offset = 0
-    for parameter in parameters:
-        parameter.grad = buffer.as_strided(parameter.size(), parameter.stride(), offset)
-        offset += parameter.numel()
-    return buffer

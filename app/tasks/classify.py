@@ -55,7 +55,9 @@ class Classify:
         """
         self._settings = settings
         self._cluster = cluster
-        self._dtype = getattr(torch, settings.precision)
+        self._in_bf16 = settings.precision == "bf16"
+        self._dtype = torch.float32 if self._in_bf16 else getattr(torch, settings.precision)
+        self._layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on GPUs too
         cluster.on_root(lambda: _fetch(settings.data))
         sets = cluster.on_every_rank(lambda: [_load(settings.data, train) for train in (True, False)])
@@ -63,8 +65,12 @@ class Classify:
 
     def build_model(self) -> nn.Module:
         """The network, on this rank's device and of the run's data type."""
-        model = Net(self._settings.model.dropout1, self._settings.model.dropout2)
-        return model.to(self._cluster.device, self._dtype)
+        settings = self._settings.model
+        model = Net(settings.dropout1, settings.dropout2).to(self._cluster.device, self._dtype)
+        model.to(memory_format=self._layout)
+        if settings.compile:
+            model.compile()
+        return model
 
     def build_loader(self) -> BatchLoader:
         """This rank's part of the training data."""
@@ -81,11 +87,17 @@ class Classify:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over `batch` and its tally (loss sum, number correct, number of samples), (3,) float64."""
-        output = model(batch.inputs)
+        output = self.outputs(model, batch.inputs)
         losses = F.nll_loss(output, batch.targets, reduction="none")
         num_correct = (output.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
         return losses.sum(), torch.stack([losses.detach().double().sum(), num_correct.double(), num_samples.double()])
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Log-probabilities (n, num_classes) of `inputs` (n, channels, height, width), in the run's precision."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._in_bf16):
+            output: Tensor = model(inputs.contiguous(memory_format=self._layout))
+        return output
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Collective: each rank scores its part of the held-out samples, and the sums are reduced once."""
@@ -107,7 +119,8 @@ class Classify:
         """Log-probabilities (n, num_classes) and labels (n,) of the held-out samples `ids` (n,). Not a collective."""
         was_training = model.training
         model.eval()
-        outputs = [model(self.held_out.batch(some, self._dtype)[0]) for some in torch.split(ids, EVALUATION_BATCH_SIZE)]
+        pieces = torch.split(ids, EVALUATION_BATCH_SIZE)
+        outputs = [self.outputs(model, self.held_out.batch(piece, self._dtype)[0]) for piece in pieces]
         model.train(was_training)
         return torch.cat(outputs), self.held_out.labels[ids]
 

@@ -16,9 +16,9 @@ from app.training.checkpoint import CheckpointWriter, latest_checkpoint
 from app.training.journal import Journal, RootJournal
 from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
-from app.training.optim import learning_rate_at, learning_rate_scale, set_learning_rate
+from app.training.optim import build_optimizer, learning_rate_at, learning_rate_scale, set_learning_rate
 from app.training.run_folder import RunFolder
-from app.training.seeding import random_state_digest, update_seed
+from app.training.seeding import random_state_digest, seed_model, update_seed
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Trainer:
         seed = update_seed(settings.seed, progress.step, self._cluster.rank)
         skipped = False
         try:
-            self._window.add(self.strategy.update([batch], self.task.loss_sum, seed, self.before_step))
+            self._window.add(self.strategy.update(batch, self.task.loss_sum, seed, self.before_step))
         except NonFiniteError as error:
             if settings.proof.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
@@ -219,6 +219,21 @@ class Trainer:
     def _tell(self, line: str) -> None:
         if self._cluster.is_root:
             print(line, flush=True)
+
+
+def build_trainer(
+    cluster: Cluster, settings: Settings, task: Classify, folder: RunFolder, resume: bool = False
+) -> Trainer:
+    """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
+
+    Raises:
+        SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
+        StorageError: on every rank: there are checkpoints, and none of them is whole.
+    """
+    seed_model(settings.seed)
+    model = task.build_model()
+    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
+    return Trainer(cluster, settings, task, strategy, folder, resume)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -6,10 +6,9 @@ from app.cluster.comm import Cluster
 from app.config import Settings
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
+from app.training import loop
 from app.training.loop import Trainer
-from app.training.optim import build_optimizer
 from app.training.run_folder import RunFolder
-from app.training.seeding import seed_model
 
 
 def build_trainer(
@@ -17,8 +16,5 @@ def build_trainer(
 ) -> tuple[Trainer, Replicated]:
     """Collective."""
     folder.mkdir(parents=True, exist_ok=True)
-    task = Classify(settings, cluster)
-    seed_model(settings.seed)
-    model = task.build_model()
-    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster)
-    return Trainer(cluster, settings, task, strategy, RunFolder(folder), resume), strategy
+    trainer = loop.build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder), resume)
+    return trainer, trainer.strategy

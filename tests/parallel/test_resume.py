@@ -150,7 +150,8 @@ def test_the_sentinel_names_the_first_difference_and_the_rank(cluster: Cluster, 
         tally = update(*arguments)  # type: ignore[arg-type]
         if cluster.rank == 1 and trainer.progress.step == 3:
             if what in strategy.state():
-                strategy.state()[what].view(torch.int32).view(-1)[7] ^= 1 << 3
+                bits = strategy.state()[what].view(torch.int32)
+                bits[(0,) * bits.dim()] ^= 1 << 3
             else:
                 strategy.optimizer.param_groups[0]["lr"] *= 2
         return tally

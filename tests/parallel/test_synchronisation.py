@@ -50,25 +50,12 @@ def test_all_ranks_take_the_model_of_rank_0(cluster: Cluster) -> None:
 def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Cluster) -> None:
     """11 samples over 3 ranks: the mean of the ranks' means would weigh samples unequally."""
     model = _model(seed=1).eval()
-    _strategy(model, cluster).update([_batch(cluster, 11)], _loss_sum, seed=0)
+    _strategy(model, cluster).update(_batch(cluster, 11), _loss_sum, seed=0)
     reference = _model(seed=1).eval()
     whole = _batch(Cluster.alone(), 11)
     F.cross_entropy(reference(whole.inputs), whole.targets).backward()
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14, msg=name)
-
-
-@pytest.mark.world_size(3)
-def test_micro_batches_add_up_to_their_whole(cluster: Cluster) -> None:
-    """Accumulation: one update from two micro-batches is the update from both as one global batch."""
-    model, reference = _model(seed=1).eval(), _model(seed=1).eval()
-    first, second = _batch(cluster, 11), _batch(cluster, 4)
-    tally = _strategy(model, cluster).update([first, second], _loss_sum, seed=0)
-    assert int(tally[2]) == len(first.ids) + len(second.ids)
-    for whole in (_batch(Cluster.alone(), 11), _batch(Cluster.alone(), 4)):
-        (F.cross_entropy(reference(whole.inputs), whole.targets, reduction="sum") / 15).backward()
-    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.world_size(3)
@@ -122,5 +109,5 @@ def test_replicas_stay_equal_over_updates_with_dropout(cluster: Cluster) -> None
     strategy = _strategy(model, cluster)
     strategy.synchronise()
     for step in range(5):
-        strategy.update([_batch(cluster, 9)], _loss_sum, update_seed(0, step, cluster.rank))
+        strategy.update(_batch(cluster, 9), _loss_sum, update_seed(0, step, cluster.rank))
     strategy.compare("after 5 updates")

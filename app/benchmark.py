@@ -1,0 +1,46 @@
+"""How fast a run is, beside what limits it and beside its peers.
+
+    horovodrun -np 2 python app/benchmark.py throughput      the run as launched, beside the same ranks each for itself
+    horovodrun -np 2 python app/benchmark.py comm            all-reduce by size, a fit, a forecast to 4,096 ranks
+    python app/benchmark.py peers --ranks 2                  PyTorch DDP, Horovod's example, plain PyTorch, in turn
+    python app/benchmark.py scaling --ranks 1,2,4            weak and strong; starts the ranks itself
+
+Each prints a table, and writes JSON and a picture to --out. `throughput` and `comm` take every setting of app/train.py
+beside their own (--help shows them); `scaling` hands on what it does not know to the runs that it starts.
+"""
+
+import sys
+
+from app.cluster.failure import SettingsError, run_alone
+
+IN_A_JOB = ("throughput", "comm")
+STARTING_JOBS = ("peers", "scaling")
+
+
+def main() -> None:
+    kind = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    args = sys.argv[2:]
+    if kind in IN_A_JOB:
+        # To import these is to become an MPI process, which could not start others.
+        from app.benchmarking import in_a_job
+        from app.cluster.program import run_program
+
+        run_program(lambda cluster: in_a_job.main(cluster, kind, args))
+    elif kind in STARTING_JOBS:
+        from app.benchmarking import starting_jobs
+
+        run_alone(lambda: starting_jobs.main(kind, args))
+    elif kind in ("-h", "--help"):
+        print(__doc__)
+    else:
+        kinds = ", ".join(IN_A_JOB + STARTING_JOBS)
+        error = SettingsError(f"there is no benchmark {kind!r}: choose one of {kinds}")
+        run_alone(lambda: _refuse(error))
+
+
+def _refuse(error: SettingsError) -> None:
+    raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `app/benchmark.py` measures with."""
