@@ -22,6 +22,7 @@ from app.benchmarking.communication import (
 from app.benchmarking.report import new_folder, plot_communication, plot_throughput, print_table, save, spread
 from app.benchmarking.throughput import Throughput, measure_throughput
 from app.cluster.comm import Cluster
+from app.cluster.failure import SettingsError
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.config import Settings
 from app.settings import parse_benchmark
@@ -113,6 +114,8 @@ def _comm(
     cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
 ) -> tuple[dict[str, Any], Present]:
     """Collective."""
+    if cluster.size == 1:
+        raise SettingsError("one rank has nobody to talk to: start comm with two or more, mpirun -np 2").on_all_ranks()
     model = Classify(settings, cluster).build_model()
     num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     alpha = measure_alpha(cluster)

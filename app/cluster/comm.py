@@ -14,15 +14,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-# A value that the site has set wins over each of these; Open MPI and Horovod read them when they start.
 # Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
-# all-reduce of 2 ms takes 50 ms.
+# all-reduce of 2 ms takes 50 ms. Open MPI reads this when it is loaded; a value that the site has set wins.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-# Horovod's thread looks for work this often, in milliseconds. At 1 an all-reduce begins half a millisecond late; that
-# looking more often takes no time from the ranks is seen to by `threads_at_lowest_priority`.
-os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
-# Fusing what happens to be ready together would add up in another order from run to run; gradients come in buckets.
-os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
 
 from mpi4py import MPI  # isort: skip
 import horovod.torch as hvd
@@ -82,7 +76,7 @@ class Cluster:
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         device = _choose_device(node)
         _bind_to_cores(node, device)  # before Horovod's thread starts, which stays with its rank
-        _start_horovod()
+        _start_horovod(device)
         if hvd.size() != mpi.size:
             if hvd.rank() != 0:
                 sys.exit(ExitCode.SETTINGS)
@@ -118,7 +112,7 @@ class Cluster:
         hvd.shutdown()
         yield
         self.barrier()
-        _start_horovod()
+        _start_horovod(self.device)
 
     def barrier(self) -> None:
         """Collective: wait for every rank."""
@@ -235,7 +229,15 @@ def gpu_left_idle() -> bool:
     return torch.cuda.is_available() and not hvd.nccl_built()
 
 
-def _start_horovod() -> None:
+def _start_horovod(device: torch.device) -> None:
+    # Only one of the two: Horovod 0.28 that is started again in the same process crashes where both are set.
+    if device.type == "cuda":
+        # Buckets that happen to be ready together would be fused, and added up in another order from run to run.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    else:
+        # How often its thread looks for work, in milliseconds: at Horovod's own 1 an all-reduce begins half of that
+        # late. That looking takes no time from the rank is seen to by `threads_at_lowest_priority`.
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
     with threads_at_lowest_priority():
         hvd.init()
 

@@ -35,6 +35,7 @@ def test_no_digit_is_both_learned_from_and_held_out() -> None:
 
 def test_a_missing_digits_file_is_told_with_its_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(digits, "files", lambda _: tmp_path)
+    digits._read_table.cache_clear()
     with pytest.raises(DataError, match="env/setup") as caught:
         load_digits(train=True)
     assert caught.value.exit_code == ExitCode.DATA
