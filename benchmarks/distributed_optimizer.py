@@ -1,0 +1,84 @@
+"""Lockstep's flat gradient buffer beside Horovod's own `DistributedOptimizer`, all else equal.
+
+    env/run mpirun -np 2 python benchmarks/distributed_optimizer.py
+
+The same model, batches in memory, loss, optimizer, cores and memory settings; in turn, round by round, in one run.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import horovod.torch as hvd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app.cluster.comm import Cluster
+from app.cluster.program import run_program
+from app.config import DataSettings, Settings
+from app.data.loader import Batch
+from app.parallel.replicated import Replicated
+from app.tasks.classify import Classify
+from app.training.optim import build_optimizer
+from app.training.seeding import seed_model
+
+NUM_ROUNDS = 9
+NUM_UPDATES = 60
+SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32))
+
+
+def main(cluster: Cluster) -> None:
+    task = Classify(SETTINGS, cluster)
+    batches = list(task.build_loader().rest_of_epoch())
+    updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for number in range(NUM_ROUNDS + 1):
+        for name in sorted(updates, reverse=bool(number % 2)):
+            cluster.barrier()
+            started = time.perf_counter()
+            for index in range(NUM_UPDATES):
+                updates[name](batches[index % len(batches)])
+            cluster.barrier()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    if cluster.is_root:
+        ours, horovods = seconds["flat buffer"], seconds["DistributedOptimizer"]
+        for name, times in seconds.items():
+            print(f"{name:22} {statistics.median(times) / NUM_UPDATES * 1e3:.2f} ms an update")
+        ratios = [other / mine for mine, other in zip(ours, horovods, strict=True)]
+        print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
+
+
+def _model(task: Classify) -> nn.Module:
+    seed_model(SETTINGS.seed)
+    return task.build_model()
+
+
+def _ours(cluster: Cluster, task: Classify) -> Callable[[Batch], object]:
+    model = _model(task)
+    strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
+
+    def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = F.nll_loss(task.outputs(model, batch.inputs), batch.targets, reduction="sum")
+        return loss, torch.zeros(1, dtype=torch.float64)
+
+    return lambda batch: strategy.update(batch, loss_sum, seed=0)
+
+
+def _horovods(task: Classify) -> Callable[[Batch], object]:
+    model = _model(task)
+    optimizer = hvd.DistributedOptimizer(
+        build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
+    )
+
+    def update(batch: Batch) -> None:
+        optimizer.zero_grad()
+        F.nll_loss(task.outputs(model, batch.inputs), batch.targets).backward()
+        optimizer.step()
+
+    return update
+
+
+if __name__ == "__main__":
+    run_program(main)
