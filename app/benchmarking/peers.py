@@ -97,8 +97,9 @@ def peers(
     ddp = f"torchrun --standalone --nproc-per-node {num_ranks} benchmarks/peers/ddp.py"
     horovod = f"{launcher} python benchmarks/peers/horovod_example.py"
     plain = "python benchmarks/peers/plain.py"
+    one_thread = cpu | {"OMP_NUM_THREADS": "1"}  # as the peers; a rank of Lockstep alone would take all cores
     arms = [
-        *(_peer(name, command.format(launcher=launcher), cpu) for name, command in LOCKSTEP_COMMANDS.items()),
+        *(_peer(name, command.format(launcher=launcher), one_thread) for name, command in LOCKSTEP_COMMANDS.items()),
         _peer("PyTorch DDP (gloo)", ddp, written),
         _peer("PyTorch DDP (gloo), pinned", f"{ddp} --pin", pinned),
         _peer("Horovod example", horovod, written),
