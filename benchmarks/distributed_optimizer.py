@@ -3,6 +3,7 @@
     env/run mpirun -np 2 python benchmarks/distributed_optimizer.py
 
 The same model, batches in memory, loss, optimizer, cores and memory settings; in turn, round by round, in one run.
+Channels first, since DistributedOptimizer refuses the gradients of channels-last filters ("required to be contiguous").
 """
 
 import statistics
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.cluster.program import run_program
-from app.config import DataSettings, Settings
+from app.config import DataSettings, ModelSettings, Settings
 from app.data.loader import Batch
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
@@ -25,7 +26,7 @@ from app.training.seeding import seed_model
 
 NUM_ROUNDS = 9
 NUM_UPDATES = 60
-SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32))
+SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettings(channels_last=False))
 
 
 def main(cluster: Cluster) -> None:
