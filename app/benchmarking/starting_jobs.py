@@ -26,8 +26,7 @@ def _peers(args: Sequence[str]) -> None:
     parser = _parser("peers", launcher="horovodrun -np {ranks}")
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args(args)
-    cpus = allowed_cpus()
-    arms = peers(options.ranks, num_cores(cpus, read_topology(cpus)), os.environ, options.launcher)
+    arms = peers(options.ranks, _num_cores_here(), os.environ, options.launcher)
     rates = measure_peers(arms, options.rounds, say=lambda line: print(line, flush=True))
     rows = summarise(rates)
     if not rows:
@@ -51,15 +50,19 @@ def _scaling(args: Sequence[str]) -> None:
     parser = _parser("scaling", launcher="mpirun -np {ranks}")
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="numbers of ranks, such as 1,2,4")
     parser.add_argument("--batch_size_per_rank", type=int, default=32, help="weak; strong: this times the most ranks")
+    parser.add_argument("--threads", type=int, help="a rank, on CPUs; by default this machine's cores / most ranks")
     options, others = parser.parse_known_args(args)
+    # With all cores for the one rank that two are compared with, no job would scale within a node.
+    threads = options.threads or max(1, _num_cores_here() // max(options.ranks))
     strong_batch = options.batch_size_per_rank * max(options.ranks)
     batches = {
         "weak": f"--data.batch_size_per_rank {options.batch_size_per_rank}",
         "strong": f"--data.batch_size {strong_batch}",
     }
     command = f"{options.launcher} python app/benchmark.py throughput --json true --rounds 1 --limit false"
+    environment = {"OMP_NUM_THREADS": str(threads)}
     arms = [
-        Peer(f"{how}, {ranks} ranks", (*shlex.split(f"{command.format(ranks=ranks)} {batch}"), *others))
+        Peer(f"{how}, {ranks} ranks", (*shlex.split(f"{command.format(ranks=ranks)} {batch}"), *others), environment)
         for how, batch in batches.items()
         for ranks in options.ranks
     ]
@@ -74,7 +77,7 @@ def _scaling(args: Sequence[str]) -> None:
         for ranks, value in of_ranks.items()
     ]
     print_table(f"{options.rounds} rounds", ("", "images/s", f"efficiency, to {min(options.ranks)} rank(s)"), table)
-    result: dict[str, Any] = {"rounds": rates, "efficiency": efficiency}
+    result: dict[str, Any] = {"rounds": rates, "efficiency": efficiency, "threads_per_rank": threads}
     save(new_folder(options.out), "scaling", json.loads(json.dumps(result)), plot_scaling(efficiency))
 
 
@@ -94,6 +97,11 @@ def _parser(kind: str, launcher: str) -> argparse.ArgumentParser:
     parser.add_argument("--launcher", default=launcher, help="how a job is started here, such as 'srun -n {ranks}'")
     parser.add_argument("--out", default="runs/benchmark", help="folder for the results")
     return parser
+
+
+def _num_cores_here() -> int:
+    cpus = allowed_cpus()
+    return num_cores(cpus, read_topology(cpus))
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Every rank holds the whole model; gradients are summed over all ranks after each backward pass."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Replicated:
         gradients = self.gradients
         gradients.begin()
         num_samples = max(1, len(batch.targets)) if gradients.reduction == "adasum" else batch.global_size
-        tallies = []
+        tallies: list[Tensor] = []
         pieces = batch.split(self._num_micro_batches)
         for piece in pieces:
             loss, tally = loss_sum(self.model, piece)
@@ -99,7 +100,7 @@ class Replicated:
                 gradients.send_from_now_on()
             loss.backward()
             tallies.append(tally)
-        return torch.stack(tallies).sum(0)
+        return reduce(torch.add, tallies)
 
     def _non_finite(self, batch: Batch, loss_sum: LossSum, seed: int) -> NonFiniteError:
         """Collective: compute this rank's part once more, by itself, and find the rank and the tensor."""

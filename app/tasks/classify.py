@@ -88,10 +88,10 @@ class Classify:
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over `batch` and its tally (loss sum, number correct, number of samples), (3,) float64."""
         output = self.outputs(model, batch.inputs)
-        losses = F.nll_loss(output, batch.targets, reduction="none")
+        loss = F.nll_loss(output, batch.targets, reduction="sum")
         num_correct = (output.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
-        return losses.sum(), torch.stack([losses.detach().double().sum(), num_correct.double(), num_samples.double()])
+        return loss, torch.stack([loss.detach().double(), num_correct, num_samples])
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Log-probabilities (n, num_classes) of `inputs` (n, channels, height, width), in the run's precision."""
