@@ -110,7 +110,8 @@ def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
         if trainer.writer:
             stalls.append(sum(waits))
             trainer.writer.wait()
-            whole.append(_time(write_checkpoint, folder, step, trainer.strategy.state(), {}, 3))
+            state = {name: tensor.contiguous() for name, tensor in trainer.strategy.state().items()}
+            whole.append(_time(write_checkpoint, folder, step, state, {}, 3))
     return (statistics.median(stalls), statistics.median(whole)) if stalls else (0.0, 0.0)
 
 
