@@ -26,6 +26,7 @@ def _peers(args: Sequence[str]) -> None:
     parser = _parser("peers", launcher="horovodrun -np {ranks}")
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args(args)
+    folder = new_folder(options.out)  # before the work of which it is to hold the result
     arms = peers(options.ranks, _num_cores_here(), os.environ, options.launcher)
     rates = measure_peers(arms, options.rounds, say=lambda line: print(line, flush=True))
     rows = summarise(rates)
@@ -43,7 +44,7 @@ def _peers(args: Sequence[str]) -> None:
     ]
     print_table(f"{options.ranks} ranks, {options.rounds} rounds", ("", "images/s: median (spread)", "in turn"), table)
     result = {"num_ranks": options.ranks, "rounds": rates}
-    save(new_folder(options.out), "peers", result, plot_peers(rates))
+    save(folder, "peers", result, plot_peers(rates))
 
 
 def _scaling(args: Sequence[str]) -> None:
@@ -52,6 +53,7 @@ def _scaling(args: Sequence[str]) -> None:
     parser.add_argument("--batch_size_per_rank", type=int, default=32, help="weak; strong: this times the most ranks")
     parser.add_argument("--threads", type=int, help="a rank, on CPUs; by default this machine's cores / most ranks")
     options, others = parser.parse_known_args(args)
+    folder = new_folder(options.out)
     # With all cores for the one rank that two are compared with, no job would scale within a node.
     threads = options.threads or max(1, _num_cores_here() // max(options.ranks))
     strong_batch = options.batch_size_per_rank * max(options.ranks)
@@ -78,7 +80,7 @@ def _scaling(args: Sequence[str]) -> None:
     ]
     print_table(f"{options.rounds} rounds", ("", "images/s", f"efficiency, to {min(options.ranks)} rank(s)"), table)
     result: dict[str, Any] = {"rounds": rates, "efficiency": efficiency, "threads_per_rank": threads}
-    save(new_folder(options.out), "scaling", json.loads(json.dumps(result)), plot_scaling(efficiency))
+    save(folder, "scaling", json.loads(json.dumps(result)), plot_scaling(efficiency))
 
 
 def _efficiency(medians: Mapping[str, float], how: str, ranks: Sequence[int]) -> dict[int, float]:

@@ -95,21 +95,25 @@ def measure_throughput(
     limit_seconds: list[float] = []
     ideal_seconds: list[float] = []
     splits: list[dict[str, float]] = []
+    run_images: list[int] = []
+    limit_images: list[int] = []
     for _ in range(num_rounds):
+        before = run.trainer.progress.num_images
         parts, seconds = _timed(cluster, lambda: run.updates(num_updates))
         run_seconds.append(seconds)
+        run_images.append(run.trainer.progress.num_images - before)
         splits.append(_split(cluster.all_gather_object(parts)))
         if with_limit:
             with cluster.without_horovod():
                 limit.updates(1 if limit_seconds else WARMUP)
                 each, seconds = _timed(cluster, lambda: limit.updates(num_updates))
             limit_seconds.append(seconds)
+            limit_images.append(num_updates * limit.num_images_per_update)
             ideal_seconds.append(sum(map(max, zip(*cluster.all_gather_object(each), strict=True))))
-    num_images = num_updates * run.trainer.loader.batch_size
     return Throughput(
-        [num_images / seconds for seconds in run_seconds],
-        [num_images / seconds for seconds in limit_seconds],
-        [num_images / seconds for seconds in ideal_seconds],
+        [images / seconds for images, seconds in zip(run_images, run_seconds, strict=True)],
+        [images / seconds for images, seconds in zip(limit_images, limit_seconds, strict=True)],
+        [images / seconds for images, seconds in zip(limit_images, ideal_seconds, strict=True)],
         {name: statistics.mean(split[name] for split in splits) for name in splits[0]},
     )
 
@@ -162,7 +166,11 @@ class _Limit:
         seed_model(settings.seed)
         self._model = task.build_model()
         self._optimizer = build_optimizer(self._model, settings.optimizer)
-        self._batches = list(itertools.islice(task.build_loader().rest_of_epoch(), NUM_BATCHES_IN_MEMORY))
+        loader = task.build_loader()
+        batches = itertools.islice(loader.rest_of_epoch(), NUM_BATCHES_IN_MEMORY)
+        whole = min(loader.batch_size, loader.num_samples)  # an epoch's ragged last batch would count for too much
+        self._batches = [batch for batch in batches if batch.global_size == whole]
+        self.num_images_per_update = whole
         self._next = 0
 
     def updates(self, number: int) -> list[float]:

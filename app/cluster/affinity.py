@@ -7,7 +7,7 @@ hardware threads that Linux numbers.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Cpus = frozenset[int]
@@ -74,7 +74,8 @@ def allowed_cpus() -> Cpus:
 
 def pin(cpus: Cpus) -> None:
     """Keep the calling thread, and those that it starts from now on, on `cpus`."""
-    os.sched_setaffinity(0, cpus)
+    with suppress(OSError):  # a container may forbid it; the map that is printed tells what has become of it
+        os.sched_setaffinity(0, cpus)
 
 
 def read_topology(cpus: Cpus) -> dict[int, Core]:
@@ -101,7 +102,8 @@ def threads_at_lowest_priority() -> Iterator[None]:
     before = _threads()
     yield
     for thread in _threads() - before:
-        os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
+        with suppress(OSError):  # it has ended, or the container forbids it
+            os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
 
 
 def format_cpus(cpus: Sequence[int]) -> str:

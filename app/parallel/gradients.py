@@ -33,6 +33,9 @@ class Gradients:
         if settings.reduction == "adasum" and cluster.size & (cluster.size - 1):
             message = f"gradient.reduction is adasum on {cluster.size} ranks: it needs 1, 2, 4, 8 ... of them"
             raise SettingsError(message).on_all_ranks()
+        if settings.reduction == "adasum" and cluster.device.type == "cuda":
+            message = "gradient.reduction is adasum on GPUs, where Horovod takes the mean within a node: use sum"
+            raise SettingsError(message).on_all_ranks()
         self._cluster = cluster
         self.reduction = settings.reduction
         self._wire = WIRE_TYPES.get(settings.wire)
@@ -41,6 +44,8 @@ class Gradients:
         self._parts = self.flat.split([parameter.numel() for parameter in parameters] + [1])
         on_gpu = self.flat.device.type == "cuda"
         size_mib = settings.bucket_mib or (BUCKET_MIB_ON_GPUS if on_gpu else math.inf)
+        if self._wire is not None:  # it is sent in two steps, of which the second cannot begin by itself
+            size_mib = math.inf
         self._buckets = self._cut(parameters, size_mib * 2**20) if settings.reduction == "sum" else []
 
     def begin(self) -> None:

@@ -188,7 +188,9 @@ class Trainer:
         return {
             "seed": settings.seed,
             "precision": settings.precision,
-            "model": asdict(settings.model),
+            "model": {"dropout1": settings.model.dropout1, "dropout2": settings.model.dropout2},
+            "gradient.reduction": settings.gradient.reduction,
+            "gradient.wire": settings.gradient.wire,
             "data.name": data.name,
             "data.sharding": data.sharding,
             "the number of samples": self.loader.num_samples,
