@@ -5,6 +5,7 @@ mpirun -np 4 python app/evaluate.py runs/latest       the same, shared by four r
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ NUM_MISTAKES = 24
 def main(cluster: Cluster) -> None:
     folder = cluster.on_root(lambda: RunFolder.open(_parse_args().run))
     settings = cluster.on_root(folder.load_settings)
+    settings = replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
     task = Classify(settings, cluster)
     model = task.build_model()
     cluster.on_every_rank(lambda: _load(model, folder))

@@ -238,12 +238,13 @@ def _start_horovod(device: torch.device) -> None:
     if device.type == "cuda":
         # Buckets that happen to be ready together would be fused, and added up in another order from run to run.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        hvd.init()  # NCCL's own threads are children of Horovod's: they keep their priority
     else:
         # How often its thread looks for work, in milliseconds: at Horovod's own 1 an all-reduce begins half of that
         # late. That looking takes no time from the rank is seen to by `threads_at_lowest_priority`.
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
-    with threads_at_lowest_priority():
-        hvd.init()
+        with threads_at_lowest_priority():
+            hvd.init()
 
 
 def _choose_device(node: MPI.Comm) -> torch.device:
