@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,23 +55,6 @@ class Throughput:
         return [mine / other for mine, other in zip(self.run, to, strict=True)]
 
 
-@dataclass(frozen=True)
-class _TimedCluster(Cluster):
-    """Notes how long each sum over the ranks takes, waiting included."""
-
-    sums: list[float] = field(default_factory=list)
-
-    def begin_sum_(self, tensor: Tensor, name: str) -> Callable[[], None]:
-        started = time.perf_counter()
-        wait = super().begin_sum_(tensor, name)
-
-        def timed_wait() -> None:
-            wait()
-            self.sums.append(time.perf_counter() - started)
-
-        return timed_wait
-
-
 def measure_throughput(
     cluster: Cluster, settings: Settings, folder: Path, num_rounds: int, num_updates: int, with_limit: bool = True
 ) -> Throughput:
@@ -87,8 +70,7 @@ def measure_throughput(
         checkpoint=CheckpointSettings(interval=0),  # their cost is told by benchmarks/exactness.py
         proof=replace(settings.proof, ledger=True),
     )
-    timed = _TimedCluster(**{item.name: getattr(cluster, item.name) for item in fields(cluster)})
-    run = _Run(timed, settings, folder)
+    run = _Run(cluster, settings, folder)
     limit = _Limit(cluster, run.task, settings)
     run.updates(WARMUP)
     run_seconds: list[float] = []
@@ -121,13 +103,24 @@ def measure_throughput(
 class _Run:
     """Training as app/train.py does it."""
 
-    def __init__(self, cluster: _TimedCluster, settings: Settings, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
         """Collective."""
-        self._sums = cluster.sums
         self.task = Classify(settings, cluster)
         self.trainer: Trainer = build_trainer(cluster, settings, self.task, RunFolder(folder))
         self._batches = self._forever()
         self._inside: list[float] = []
+        self._communication: list[float] = []
+        gradients = self.trainer.strategy.gradients
+        finish = gradients.finish
+
+        def timed_finish() -> None:
+            if cluster.device.type == "cuda":
+                torch.cuda.synchronize()  # or the backward pass would count as communication
+            started = time.perf_counter()
+            finish()
+            self._communication.append(time.perf_counter() - started)
+
+        gradients.finish = timed_finish  # type: ignore[method-assign]
         update = self.trainer.strategy.update
 
         def timed_update(*arguments: object) -> Tensor:
@@ -143,13 +136,12 @@ class _Run:
         parts = []
         with contextlib.redirect_stdout(io.StringIO()):  # the log lines
             for _ in range(number):
-                self._sums.clear()
                 started = time.perf_counter()
                 batch = next(self._batches)
                 sampled = time.perf_counter()
                 self.trainer.update(batch)
                 ended = time.perf_counter()
-                parts.append((sampled - started, ended - started, self._inside.pop(), sum(self._sums)))
+                parts.append((sampled - started, ended - started, self._inside.pop(), self._communication.pop()))
         return parts
 
     def _forever(self) -> Iterator[Batch]:

@@ -62,6 +62,18 @@ def test_buckets_and_micro_batches_give_the_exact_mean(
 
 
 @pytest.mark.world_size(3)
+def test_all_buckets_but_the_last_leave_during_the_last_backward_pass(cluster: Cluster) -> None:
+    model = _model()
+    settings = GradientSettings(bucket_mib=1e-6, num_micro_batches=2)
+    strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
+    for send in (False, True):
+        strategy._backward(_batch(cluster, 11), _loss_sum, 0, send)
+        left = [bucket.arrives is not None for bucket in strategy.gradients._buckets]
+        assert left == [send] * (len(left) - 1) + [False]
+    strategy.gradients.finish()
+
+
+@pytest.mark.world_size(3)
 def test_a_parameter_without_a_gradient_does_not_hold_up_its_bucket(cluster: Cluster) -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
