@@ -86,6 +86,15 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "import sysconfig; print(sysconfig.get_path('include'))",
             distutils,
         ),
+        # -- running
+        Patch(
+            "horovod/common/parameter_manager.cc",
+            "  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_[variable]] = value;",
+            "  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
+            "    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_[variable]] = value;",
+            "with HOROVOD_CYCLE_TIME and HOROVOD_FUSION_THRESHOLD set, a second hvd.init() in one process writes past "
+            "the end of an empty vector",
+        ),
         # -- launching
         Patch(
             "horovod/runner/js_run.py",

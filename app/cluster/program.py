@@ -6,8 +6,9 @@ import time
 import traceback
 from collections.abc import Callable
 
-from app.cluster.comm import Cluster, abort_job, rank_in_job
+from app.cluster.comm import Cluster
 from app.cluster.failure import ExitCode, LockstepError
+from app.cluster.mpi import abort_job, rank_in_job
 
 
 def run_program(main: Callable[[Cluster], None]) -> None:

@@ -25,6 +25,8 @@ HOROVOD = {
     "setup.py": "config = 'Debug' if self.debug else 'RelWithDebInfo'\n",
     "horovod/common/ops/cuda/CMakeLists.txt": "add_library(horovod_cuda_kernels cuda_kernels.cu)\n"
     "add_library(compatible_horovod_cuda_kernels cuda_kernels.cu)\n",
+    "horovod/common/parameter_manager.cc": "  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();\n"
+    "    v[index_[variable]] = value;\n",
     "horovod/runner/js_run.py": "from distutils.spawn import find_executable\n",
     "horovod/runner/mpi_run.py": "_OMPI_FLAGS = ['-mca pml ob1', '-mca btl ^openib']\n"
     "def flags():\n    return list(_OMPI_FLAGS), list(_NO_BINDING_ARGS), _OMPI_IMPL\n"
