@@ -43,14 +43,48 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class VitSettings:
+    """The vision transformer's size: about 12 times depth times the square of width parameters."""
+
+    width: int = 128
+    """Numbers in a token."""
+
+    depth: int = 4
+    """Layers."""
+
+    num_heads: int = 4
+    """Heads of attention in each layer."""
+
+    patch_size: int = 7
+    """Side of the patches, in pixels, that an image is cut into; 28 must be a multiple of it."""
+
+    dropout: float = 0.0
+    """Probability of dropping a unit within the layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_heads", "patch_size"):
+            _check(getattr(self, name) >= 1, f"model.vit.{name}", getattr(self, name), "it must be at least 1")
+        _check(self.width % self.num_heads == 0, "model.vit.width", self.width, "it must be a multiple of num_heads")
+        _check(
+            28 % self.patch_size == 0, "model.vit.patch_size", self.patch_size, "the images' side, 28, is no multiple"
+        )
+        _check(0 <= self.dropout < 1, "model.vit.dropout", self.dropout, "a probability below 1 is needed")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
-    """The seed's `Net`."""
+    """What learns."""
+
+    name: Literal["net", "vit"] = "net"
+    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021)."""
 
     dropout1: float = 0.25
-    """Probability of dropping a channel after the convolutions."""
+    """net: probability of dropping a channel after the convolutions."""
 
     dropout2: float = 0.5
-    """Probability of dropping a unit after the first linear layer."""
+    """net: probability of dropping a unit after the first linear layer."""
+
+    vit: VitSettings = field(default_factory=VitSettings)
 
     channels_last: bool = True
     """Keep images and filters with their channels innermost, which convolutions compute on fastest."""
@@ -80,6 +114,9 @@ class OptimizerSettings:
     weight_decay: float = 5e-4
     """Decay of the weights; coupled to the gradient except with adamw."""
 
+    decay_vectors: bool = True
+    """Apply the decay to biases and normalisations, too, and not to matrices and filters alone."""
+
     schedule: Literal["constant", "cosine"] = "cosine"
     """How the learning rate goes on after the warm-up: cosine falls to 0 at the last update."""
 
@@ -87,7 +124,8 @@ class OptimizerSettings:
     """Updates over which the learning rate rises linearly from 0."""
 
     scale_learning_rate: bool = False
-    """Multiply the learning rate by the number of ranks (Goyal et al. 2017), for batch_size_per_rank."""
+    """Multiply the learning rate by the number of data shards, which are the ranks (of a pipeline: the replicas), for
+    batch_size_per_rank (Goyal et al. 2017)."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
@@ -113,7 +151,12 @@ class GradientSettings:
     no core is left to send them, all after it."""
 
     num_micro_batches: int = 1
-    """In how many pieces a rank takes its part of a global batch through the model, to save memory; sent once."""
+    """In how many pieces a rank takes its part of a global batch through the model, to save memory; a pipeline is kept
+    full by them. Gradients are sent once, but with zero2, zero3 after each."""
+
+    clip_norm: float | None = None
+    """The largest norm of the gradient, over the whole model, that an optimizer step is taken along as it is; a larger
+    one is scaled down to it."""
 
     def __post_init__(self) -> None:
         size = self.bucket_mib
@@ -121,8 +164,28 @@ class GradientSettings:
         _check(
             self.num_micro_batches >= 1, "gradient.num_micro_batches", self.num_micro_batches, "it must be at least 1"
         )
+        clip = self.clip_norm
+        _check(clip is None or clip > 0, "gradient.clip_norm", clip, "it must be above 0")
         full = self.reduction == "sum" or self.wire == "full"
         _check(full, "gradient.wire", self.wire, "adasum sends gradients in full")
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """How a model is cut into stages, with `parallel: pipeline`."""
+
+    num_stages: int | None = None
+    """Stages of the model; the ranks must be a multiple of it, and make up replicas. By default as many as ranks."""
+
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """The order of forward and backward passes: 1f1b keeps fewer activations; gpipe is the reference."""
+
+    cuts: list[str] | None = None
+    """The first block of every stage but the first, by name; by default they are cut by measured cost."""
+
+    def __post_init__(self) -> None:
+        stages = self.num_stages
+        _check(stages is None or stages >= 1, "pipeline.num_stages", stages, "it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -188,10 +251,15 @@ class Settings:
     evaluate_every: int = 1
     """Epochs between two evaluations on the held-out samples; 0: only after the last epoch."""
 
+    parallel: Literal["replicated", "zero1", "zero2", "zero3", "pipeline"] = "replicated"
+    """Where the model lives. replicated: whole, on every rank; zero1, zero2, zero3: the optimizer's state, and the
+    gradients, and the parameters in parts (Rajbhandari et al. 2020); pipeline: block by block, in stages."""
+
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     gradient: GradientSettings = field(default_factory=GradientSettings)
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     proof: ProofSettings = field(default_factory=ProofSettings)
 
@@ -207,4 +275,23 @@ class Settings:
             "optimizer.scale_learning_rate",
             scaled,
             "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
+        )
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        gradient, how = self.gradient, self.parallel
+        _check(
+            not self.model.compile or how in ("replicated", "zero1"),
+            "model.compile",
+            True,
+            f"it does not go with {how}",
+        )
+        for name, value, usual in (("reduction", gradient.reduction, "sum"), ("wire", gradient.wire, "full")):
+            fits = value == usual or how == "replicated" or (how == "pipeline" and name == "wire")
+            _check(fits, f"gradient.{name}", value, f"it does not go with {how}")
+        _check(
+            gradient.bucket_mib is None or not how.startswith("zero"),
+            "gradient.bucket_mib",
+            gradient.bucket_mib,
+            f"{how} sends gradients block by block",
         )

@@ -6,6 +6,7 @@ mpirun -np 4 python app/evaluate.py runs/latest       the same, shared by four r
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def main(cluster: Cluster) -> None:
     task = Classify(settings, cluster)
     model = task.build_model()
     cluster.on_every_rank(lambda: _load(model, folder))
-    evaluation = task.evaluate(model)
+    evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
         _print_confusion(evaluation.confusion)
         print(evaluation)

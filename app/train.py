@@ -11,17 +11,16 @@ Put `env/run` before any of them, or source env/activate once.
 
 import contextlib
 
-from torch import Tensor
-
 from app.cluster.comm import Cluster
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.cluster.program import run_program
-from app.parallel.merge import state_digest
 from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
-from app.training.loop import Progress, build_trainer
-from app.training.run_folder import RunFolder, json_number, storage_errors
+from app.training.build import build_trainer
+from app.training.loop import Trainer
+from app.training.run_folder import MODEL, RunFolder, json_number, storage_errors
 from app.training.seeding import make_deterministic
+from app.training.tensor_file import TensorFileWriter
 
 
 def main(cluster: Cluster) -> None:
@@ -38,25 +37,46 @@ def main(cluster: Cluster) -> None:
         trainer = build_trainer(cluster, settings, task, folder, resume)
         cluster.on_root(lambda: folder.begin(settings, inventory))
         evaluation = trainer.train()
-        merged = trainer.strategy.full_state()
-        cluster.on_root(lambda: _finish(folder, merged or {}, evaluation, trainer.progress, cluster.size))
+        merged = merge_into(folder, cluster, trainer)
+        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, cluster.size))
+
+
+def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:
+    """Collective: the merged model goes into rank 0's file, tensor by tensor. None but on rank 0.
+
+    Raises:
+        ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.
+        StorageError: on rank 0: it cannot be written.
+    """
+    strategy = trainer.strategy
+    if not cluster.is_root:
+        strategy.merge(None)
+        return None
+    with folder.model_writer(strategy.like) as writer:
+        strategy.merge(writer.write)
+    return writer
 
 
 def _finish(
-    folder: RunFolder, merged: dict[str, Tensor], evaluation: Evaluation, progress: Progress, num_ranks: int
+    folder: RunFolder, merged: TensorFileWriter | None, evaluation: Evaluation, trainer: Trainer, num_ranks: int
 ) -> None:
-    """Write the merged model and the summary, tell the result, and draw the curves."""
+    """Write the summary, tell the result, and draw the curves.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
     from app.training.plots import plot_curves  # matplotlib is for rank 0 alone
 
-    folder.save_model(merged)
+    assert merged
+    progress = trainer.progress
     folder.write_json(
         "summary.json",
         {
             "accuracy": evaluation.accuracy,
             "loss": json_number(evaluation.loss),
             "num_held_out_samples": evaluation.num_samples,
-            "num_parameters": sum(tensor.numel() for tensor in merged.values()),
-            "model_digest": state_digest(merged),
+            "num_parameters": merged.num_elements,
+            "model_digest": merged.digest,
             "num_ranks": num_ranks,
             "num_updates": progress.step,
             "num_skipped": progress.num_skipped,
@@ -65,7 +85,7 @@ def _finish(
         },
     )
     print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {progress.images_per_second:.0f} images/s")
-    print(f"Merged model: {folder.path / 'model.safetensors'}")
+    print(f"Merged model: {folder.path / MODEL}")
     print(evaluation)
     with storage_errors():
         plot_curves(folder.metrics, folder.path / "curves.png")

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable
 
 import horovod.torch as hvd
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.cluster.program import run_program
@@ -22,7 +20,6 @@ from app.data.loader import Batch
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
 from app.training.optim import build_optimizer
-from app.training.seeding import seed_model
 
 NUM_ROUNDS = 9
 NUM_UPDATES = 60
@@ -31,7 +28,7 @@ SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettin
 
 def main(cluster: Cluster) -> None:
     task = Classify(SETTINGS, cluster)
-    batches = list(task.build_loader().rest_of_epoch())
+    batches = list(task.build_loader(cluster.rank, cluster.size).rest_of_epoch())
     updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for number in range(NUM_ROUNDS + 1):
@@ -51,24 +48,15 @@ def main(cluster: Cluster) -> None:
         print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
 
 
-def _model(task: Classify) -> nn.Module:
-    seed_model(SETTINGS.seed)
-    return task.build_model()
-
-
 def _ours(cluster: Cluster, task: Classify) -> Callable[[Batch], object]:
-    model = _model(task)
+    model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
 
-    def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = F.nll_loss(task.outputs(model, batch.inputs), batch.targets, reduction="sum")
-        return loss, torch.zeros(1, dtype=torch.float64)
-
-    return lambda batch: strategy.update(batch, loss_sum, seed=0)
+    return lambda batch: strategy.update(batch, task, seed=0)
 
 
 def _horovods(task: Classify) -> Callable[[Batch], object]:
-    model = _model(task)
+    model = task.build_model()
     optimizer = hvd.DistributedOptimizer(
         build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
     )

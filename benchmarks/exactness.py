@@ -23,10 +23,12 @@ from app.cluster.comm import Cluster
 from app.cluster.program import run_program
 from app.config import CheckpointSettings, DataSettings, ProofSettings, Settings
 from app.data.loader import Batch
+from app.parallel.parts import State
 from app.tasks.classify import Classify
-from app.training.checkpoint import write_checkpoint
+from app.training.build import build_trainer
+from app.training.checkpoint import commit, write_parts
 from app.training.ledger import Ledger
-from app.training.loop import Trainer, build_trainer
+from app.training.loop import Trainer
 from app.training.run_folder import RunFolder
 
 NUM_ROUNDS = 5
@@ -104,15 +106,19 @@ def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
     whole: list[float] = []
     for step in range(10**6, 10**6 + NUM_SAVES):
         waits = [_time(trainer.checkpoint)]
-        if trainer.writer:
-            trainer.before_step = partial(_append_time, waits, trainer.writer.wait_for_copy)
+        wait_for_copy = trainer.writer.wait_for_copy
+        trainer.writer.wait_for_copy = partial(_append_time, waits, wait_for_copy)  # type: ignore[method-assign]
         trainer.update(next(runner.batches))
-        if trainer.writer:
-            stalls.append(sum(waits))
-            trainer.writer.wait()
-            state = {name: tensor.contiguous() for name, tensor in trainer.strategy.state().items()}
-            whole.append(_time(write_checkpoint, folder, step, state, {}, 3))
-    return (statistics.median(stalls), statistics.median(whole)) if stalls else (0.0, 0.0)
+        trainer.writer.wait_for_copy = wait_for_copy  # type: ignore[method-assign]
+        stalls.append(sum(waits))
+        trainer.writer.wait()
+        if trainer.strategy.is_saved_here:
+            whole.append(_time(_write, folder, step, trainer.strategy.saved_state()))
+    return (statistics.median(stalls), statistics.median(whole)) if whole else (0.0, 0.0)
+
+
+def _write(folder: Path, step: int, state: State) -> None:
+    commit(folder, step, [write_parts(folder, step, state)], {}, keep=3)
 
 
 def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path) -> dict[str, float]:

@@ -23,7 +23,8 @@ from app.cluster.comm import Cluster
 from app.config import CheckpointSettings, Settings
 from app.data.loader import Batch
 from app.tasks.classify import Classify
-from app.training.loop import Trainer, build_trainer
+from app.training.build import build_trainer
+from app.training.loop import Trainer
 from app.training.optim import build_optimizer
 from app.training.run_folder import RunFolder
 from app.training.seeding import seed_model
@@ -110,17 +111,16 @@ class _Run:
         self._batches = self._forever()
         self._inside: list[float] = []
         self._communication: list[float] = []
-        gradients = self.trainer.strategy.gradients
-        finish = gradients.finish
+        reduce_gradients = self.trainer.strategy.reduce_gradients
 
-        def timed_finish() -> None:
+        def timed_reduce() -> None:
             if cluster.device.type == "cuda":
                 torch.cuda.synchronize()  # or the backward pass would count as communication
             started = time.perf_counter()
-            finish()
+            reduce_gradients()
             self._communication.append(time.perf_counter() - started)
 
-        gradients.finish = timed_finish  # type: ignore[method-assign]
+        self.trainer.strategy.reduce_gradients = timed_reduce  # type: ignore[method-assign]
         update = self.trainer.strategy.update
 
         def timed_update(*arguments: object) -> Tensor:
@@ -158,7 +158,7 @@ class _Limit:
         seed_model(settings.seed)
         self._model = task.build_model()
         self._optimizer = build_optimizer(self._model, settings.optimizer)
-        loader = task.build_loader()
+        loader = task.build_loader(cluster.rank, cluster.size)
         batches = itertools.islice(loader.rest_of_epoch(), NUM_BATCHES_IN_MEMORY)
         whole = min(loader.batch_size, loader.num_samples)  # an epoch's ragged last batch would count for too much
         self._batches = [batch for batch in batches if batch.global_size == whole]

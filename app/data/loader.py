@@ -29,9 +29,13 @@ class Batch:
     index: int
     global_size: int
 
-    def split(self, num_pieces: int) -> list["Batch"]:
-        """Up to `num_pieces` pieces of this shard's part, of nearly equal size; none is empty unless all of it is."""
-        num_pieces = max(1, min(num_pieces, len(self.targets)))
+    def split(self, num_pieces: int, allow_empty: bool = False) -> list["Batch"]:
+        """Up to `num_pieces` pieces of this shard's part, of nearly equal size; none is empty unless all of it is.
+
+        With `allow_empty` as many as asked for: the same number on every shard, where a piece is a collective.
+        """
+        if not allow_empty:
+            num_pieces = max(1, min(num_pieces, len(self.targets)))
         if num_pieces == 1:
             return [self]
         pieces = zip(

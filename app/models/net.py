@@ -1,11 +1,29 @@
 """The seed's convolutional network (seed, section 5.2)."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from torch import nn
+
+from app.models.log_probabilities import LogProbabilities
 
 
-class Net(nn.Module):
+def net_blocks(dropout1: float = 0.25, dropout2: float = 0.5) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of `Net`, in order."""
+    yield "conv1", nn.Conv2d(1, 32, 3, 1)
+    yield "relu1", nn.ReLU()
+    yield "conv2", nn.Conv2d(32, 64, 3, 1)
+    yield "pool", nn.MaxPool2d(2)
+    yield "dropout1", nn.Dropout2d(dropout1)
+    yield "flatten", nn.Flatten()
+    yield "fc1", nn.Linear(9216, 128)
+    yield "relu2", nn.ReLU()
+    yield "dropout2", nn.Dropout(dropout2)
+    yield "fc2", nn.Linear(128, 10)
+    yield "log_softmax", LogProbabilities()
+
+
+class Net(nn.Sequential):
     """Two convolutions and two linear layers: (N, 1, 28, 28) images to (N, 10) log-probabilities; 1,199,882 parameters.
 
     Args:
@@ -15,24 +33,4 @@ class Net(nn.Module):
     """
 
     def __init__(self, dropout1: float = 0.25, dropout2: float = 0.5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, 1)
-        self.conv2 = nn.Conv2d(32, 64, 3, 1)
-        self.dropout1 = nn.Dropout2d(dropout1)
-        self.dropout2 = nn.Dropout(dropout2)
-        self.fc1 = nn.Linear(9216, 128)
-        self.fc2 = nn.Linear(128, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        x = F.relu(x)
-        x = self.conv2(x)
-        x = F.max_pool2d(x, 2)
-        x = self.dropout1(x)
-        x = torch.flatten(x, 1)
-        x = self.fc1(x)
-        x = F.relu(x)
-        x = self.dropout2(x)
-        x = self.fc2(x)
-        # In the parameters' precision also where a layer before was in bfloat16, as autocast does on GPUs.
-        return F.log_softmax(x.to(self.fc2.weight.dtype), dim=1)
+        super().__init__(OrderedDict(net_blocks(dropout1, dropout2)))

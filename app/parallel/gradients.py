@@ -77,6 +77,16 @@ class Gradients:
         # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
         return math.isfinite(self.flat.sum()) or bool(self.flat.isfinite().all())
 
+    def squared_norm(self) -> float:
+        """Of all gradients together."""
+        return float(torch.linalg.vector_norm(self.flat[:-1], dtype=torch.float64)) ** 2
+
+    def not_finite(self, model: nn.Module) -> list[str]:
+        """Which of the loss and `model`'s gradients is infinite or not a number, by name."""
+        named = [(f"the gradient of {name}", parameter.grad) for name, parameter in model.named_parameters()]
+        tensors = [("the loss", self.flat[-1]), *named]
+        return [name for name, tensor in tensors if tensor is not None and not tensor.isfinite().all()]
+
     def _cut(self, parameters: list[nn.Parameter], num_bytes: float) -> list["_Bucket"]:
         """Neighbouring parameters together, up to `num_bytes` a bucket; the last one has the loss, too."""
         groups: list[list[nn.Parameter]] = [[]]

@@ -5,13 +5,18 @@ A model in parts maps each tensor's name to its parts in order. Tensors are cut 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from app.cluster.failure import ReplicasDifferError
 from app.data.sharding import content_hash, shard_bounds
+
+if TYPE_CHECKING:  # to import it for good is to become an MPI process
+    from app.cluster.mpi import Ranks
 
 ShardedTensors = dict[str, list[Tensor]]
 
@@ -20,14 +25,13 @@ def shard_model(model: nn.Module | Mapping[str, Tensor], num_shards: int) -> Sha
     """Cut every parameter and buffer of `model` into `num_shards` flat parts (seed, section 4.2).
 
     Returns:
-        name -> `num_shards` copies of shape (n,), in order; the last parts of a small tensor may be empty.
+        name -> `num_shards` tensors (n,), in order; the last parts of a small tensor may be empty. They are views of
+        the model's tensors, not copies; only of a tensor that is not contiguous, such as a channels-last one, copies.
     """
-    return {
-        name: [part.clone() for part in _parts(tensor, num_shards)] for name, tensor in state_tensors(model).items()
-    }
+    return {name: _parts(tensor, num_shards) for name, tensor in state_tensors(model).items()}
 
 
-def sync_params(sharded: ShardedTensors, params: Mapping[str, Sequence[Tensor]]) -> None:
+def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Sequence[Tensor]]) -> None:
     """Overwrite the parts in `sharded` with those of `params`, in place (seed, section 4.3).
 
     Raises:
@@ -61,9 +65,37 @@ def merge_shards(sharded: Mapping[str, Sequence[Tensor]], like: nn.Module | Mapp
     return merged
 
 
-def shard_of(tensor: Tensor, shard_id: int, num_shards: int) -> Tensor:
-    """One flat part (n,) of `tensor`; a view where the tensor is contiguous."""
-    return _parts(tensor, num_shards)[shard_id]
+def merge_on_root(
+    ranks: "Ranks",
+    like: Mapping[str, Tensor],
+    part_of: Callable[[str], Tensor],
+    write: Callable[[str, Tensor], None] | None,
+) -> None:
+    """Collective: merge a model that lives in parts on all ranks, tensor by tensor, so that rank 0 needs memory for the
+    largest tensor only (seed, step 5 of section 3).
+
+    Args:
+        like: gives names, shapes and data types.
+        part_of: this rank's flat part (n,) of a tensor, or an empty one; in the order of the ranks they make it up.
+        write: what rank 0 does with each merged tensor.
+
+    Raises:
+        ReplicasDifferError: on rank 0: a part is not what its rank has sent, or parts are missing.
+    """
+    for name, tensor in like.items():
+        mine = part_of(name).to(tensor.dtype)
+        vouched = ranks.all_gather_object(content_hash(mine))
+        parts = ranks.gather_parts(mine)
+        for rank, (part, of_rank) in enumerate(zip(parts, vouched, strict=False)):
+            if content_hash(part) != of_rank:
+                raise ReplicasDifferError(f"the merge of {name}: the part that came from rank {rank} is another")
+        if ranks.is_root and write:
+            write(name, merge_shards({name: parts}, like={name: tensor})[name])
+
+
+def layout_of(model: nn.Module) -> dict[str, Tensor]:
+    """Names, shapes and data types of all parameters and persistent buffers, as tensors without content."""
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state_tensors(model).items()}
 
 
 def state_tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -73,9 +105,14 @@ def state_tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tenso
 
 def state_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
     """The sha256 over the names and the whole content of all parameters and buffers, hexadecimal."""
+    return digest_of_hashes({name: content_hash(tensor) for name, tensor in state_tensors(model).items()})
+
+
+def digest_of_hashes(hashes: Mapping[str, str]) -> str:
+    """The `state_digest` of a model, from the `content_hash` of each of its tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state_tensors(model).items()):
-        digest.update(f"{name}:{content_hash(tensor)}\n".encode())
+    for name, of_tensor in sorted(hashes.items()):
+        digest.update(f"{name}:{of_tensor}\n".encode())
     return digest.hexdigest()
 
 

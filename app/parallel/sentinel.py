@@ -9,22 +9,23 @@ from app.data.sharding import content_hash
 
 
 def compare_replicas(cluster: Cluster, state: Mapping[str, object], when: str) -> None:
-    """Collective: make sure that every rank holds the same `state`, bit for bit.
+    """Collective: make sure that what several ranks hold under one name is the same, bit for bit.
 
     Args:
-        state: tensors and numbers by name; the same names in the same order on every rank.
+        state: tensors and numbers by name; each rank its own.
         when: for the message, such as "after update 100".
 
     Raises:
         ReplicasDifferError: on every rank, with the first name that differs and the ranks that are in the minority.
     """
-    digests = cluster.all_gather_object([content_hash(value) for value in state.values()])
-    for name, of_ranks in zip(state, zip(*digests, strict=True), strict=True):
+    of_ranks = cluster.all_gather_object({name: content_hash(value) for name, value in state.items()})
+    for name in dict.fromkeys(name for digests in of_ranks for name in digests):
+        held = {rank: digests[name] for rank, digests in enumerate(of_ranks) if name in digests}
         # On a tie, as between two ranks, the lowest rank's stands for the majority.
-        majority, count = Counter(of_ranks).most_common(1)[0]
-        minority = [rank for rank, digest in enumerate(of_ranks) if digest != majority]
+        majority, count = Counter(held.values()).most_common(1)[0]
+        minority = [rank for rank, digest in held.items() if digest != majority]
         if minority:
             ranks = ", ".join(map(str, minority))
-            tie = " (no majority: rank 0 is taken for right)" if 2 * count <= cluster.size else ""
+            tie = f" (no majority: rank {min(held)} is taken for right)" if 2 * count <= len(held) else ""
             message = f"the replicas differ {when}: {name} of rank {ranks} is not the others'{tie}"
             raise ReplicasDifferError(message).on_all_ranks()

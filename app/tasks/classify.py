@@ -1,6 +1,9 @@
 """The task of telling classes apart: images in, log-probabilities out, the negative log-likelihood as loss."""
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +18,13 @@ from app.data.loader import Batch, BatchLoader
 from app.data.mnist import download_mnist, load_mnist
 from app.data.sharding import shard_bounds
 from app.data.synthetic import load_synthetic
-from app.models.net import Net
+from app.models.net import net_blocks
+from app.models.vit import vit_blocks
+from app.training.seeding import seed_model
 
 EVALUATION_BATCH_SIZE = 500
+
+Forward = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -63,52 +70,80 @@ class Classify:
         sets = cluster.on_every_rank(lambda: [_load(settings.data, train) for train in (True, False)])
         self._train, self.held_out = (images.to(cluster.device) for images in sets)
 
-    def build_model(self) -> nn.Module:
-        """The network, on this rank's device and of the run's data type."""
+    def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """The network block by block, on this rank's device and of the run's data type: the same at every call."""
         settings = self._settings.model
-        model = Net(settings.dropout1, settings.dropout2).to(self._cluster.device, self._dtype)
-        model.to(memory_format=self._layout)
-        if settings.compile:
+        seed_model(self._settings.seed)
+        if settings.name == "vit":
+            blocks = vit_blocks(**asdict(settings.vit))
+        else:
+            blocks = net_blocks(settings.dropout1, settings.dropout2)
+        for name, block in blocks:
+            yield name, block.to(self._cluster.device, self._dtype).to(memory_format=self._layout)
+
+    def build_model(self) -> nn.Module:
+        """The whole network."""
+        model = nn.Sequential(OrderedDict(self.model_blocks()))
+        if self._settings.model.compile:
             model.compile()
         return model
 
-    def build_loader(self) -> BatchLoader:
-        """This rank's part of the training data."""
+    def example_inputs(self, num_samples: int) -> Tensor:
+        """Images (n, ...) of the training data, as a model takes them."""
+        ids = torch.arange(min(num_samples, len(self._train)), device=self._cluster.device)
+        return self._train.batch(ids, self._dtype)[0]
+
+    def build_loader(self, shard_id: int, num_shards: int) -> BatchLoader:
+        """One shard of the training data."""
         data = self._settings.data
         return BatchLoader(
             self._train,
-            data.global_batch_size(self._cluster.size),
+            data.global_batch_size(num_shards),
             data.sharding,
-            shard_id=self._cluster.rank,
-            num_shards=self._cluster.size,
+            shard_id,
+            num_shards,
             seed=self._settings.seed,
             dtype=self._dtype,
         )
 
-    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over `batch` and its tally (loss sum, number correct, number of samples), (3,) float64."""
-        output = self.outputs(model, batch.inputs)
-        loss = F.nll_loss(output, batch.targets, reduction="sum")
-        num_correct = (output.detach().argmax(1) == batch.targets).sum()
+        loss = F.nll_loss(outputs, batch.targets, reduction="sum")
+        num_correct = (outputs.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
         return loss, torch.stack([loss.detach().double(), num_correct, num_samples])
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Log-probabilities (n, num_classes) of `inputs` (n, channels, height, width), in the run's precision."""
+        """Log-probabilities (n, num_classes) of `inputs` (n, channels, height, width), in the run's precision; or what
+        one of the model's blocks makes of its inputs.
+        """
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=self._layout)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._in_bf16):
-            output: Tensor = model(inputs.contiguous(memory_format=self._layout))
+            output: Tensor = model(inputs)
         return output
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Collective: each rank scores its part of the held-out samples, and the sums are reduced once."""
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
+        """Collective: the held-out samples are divided into shards, and what was counted is summed over all ranks once.
+
+        Args:
+            model: what is in evaluation mode meanwhile.
+            forward: the model's outputs for images; None where another rank of the same shard has them.
+        """
         num_classes = self.held_out.num_classes
-        bounds = shard_bounds(len(self.held_out), self._cluster.size)
-        start, stop = bounds[self._cluster.rank : self._cluster.rank + 2]
+        start, stop = shard_bounds(len(self.held_out), num_shards)[shard_id : shard_id + 2]
         ids = torch.arange(start, stop, device=self._cluster.device)
-        output, labels = self.predict(model, ids)
-        loss = F.nll_loss(output.double(), labels, reduction="sum")
-        confusion = torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
-        sums = self._cluster.sum_(torch.cat([loss.view(1), confusion.double()]), name="evaluation").cpu()
+        sums = torch.zeros(1 + num_classes**2, dtype=torch.float64, device=self._cluster.device)
+        # As many pieces on every rank: a model in parts is gathered for each.
+        largest = -(-len(self.held_out) // num_shards)
+        with evaluating(model):
+            for piece in ids.tensor_split(max(1, -(-largest // EVALUATION_BATCH_SIZE))):
+                inputs, labels = self.held_out.batch(piece, self._dtype)
+                if (output := forward(inputs)) is not None:
+                    sums[0] += F.nll_loss(output.double(), labels, reduction="sum")
+                    sums[1:] += torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
+        sums = self._cluster.sum_(sums, name="evaluation").cpu()
         return Evaluation(
             loss=sums[0].item() / max(1, len(self.held_out)),
             confusion=sums[1:].to(torch.int64).view(num_classes, num_classes),
@@ -117,12 +152,19 @@ class Classify:
     @torch.no_grad()
     def predict(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (n, num_classes) and labels (n,) of the held-out samples `ids` (n,). Not a collective."""
-        was_training = model.training
-        model.eval()
-        pieces = torch.split(ids, EVALUATION_BATCH_SIZE)
-        outputs = [self.outputs(model, self.held_out.batch(piece, self._dtype)[0]) for piece in pieces]
-        model.train(was_training)
+        with evaluating(model):
+            pieces = torch.split(ids, EVALUATION_BATCH_SIZE)
+            outputs = [self.outputs(model, self.held_out.batch(piece, self._dtype)[0]) for piece in pieces]
         return torch.cat(outputs), self.held_out.labels[ids]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside, and running statistics in place of the batch's."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
 
 
 def _fetch(data: DataSettings) -> None:

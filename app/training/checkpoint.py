@@ -1,19 +1,22 @@
 """Checkpoints that know nothing of the number of ranks: tensors by name, and a manifest that vouches for each byte.
 
     checkpoints/000000000126/
-        manifest.json                 counters, the sha256 of each file, and its own
-        tensors-00000.safetensors     ...
-A checkpoint is written under a temporary name, flushed to the disk and renamed: it is there whole, or not at all.
+        manifest.json                       counters, shapes, the sha256 of each file, and its own
+        rank00000-00000.safetensors         what rank 0 held: whole tensors, and parts of tensors
+        rank00001-00000.safetensors         ...
+A part is flat and named after its elements, `model/fc1.weight[589824:1179648]`. Every rank writes its own files under a
+temporary name and flushes them to the disk; then rank 0 adds the manifest and renames the folder: it is there whole, or
+not at all.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-import threading
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,10 @@ import torch
 from torch import Tensor
 
 from app.cluster.failure import StorageError
-from app.config import CheckpointSettings
+from app.parallel.parts import Part, State, whole_tensors
 from app.training.run_folder import flush_folder, storage_errors
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 2**30
@@ -35,115 +38,102 @@ TEMPORARY = ".writing-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint on disk that was found whole.
+    """One checkpoint on disk that was found whole: a `SavedState`.
 
     Attributes:
         step: optimizer steps done.
-        counters: everything else that is needed to go on, as it was given to `CheckpointWriter.save`.
+        counters: everything else that is needed to go on, as it was given to `commit`.
+        shapes: of all tensors, by name.
     """
 
     path: Path
     step: int
     counters: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
 
     def load(self) -> dict[str, Tensor]:
         """All tensors by name, on the CPU."""
-        files = json.loads((self.path / MANIFEST).read_text())["files"]
-        return {k: v for name in files for k, v in safetensors.torch.load_file(self.path / name).items()}
+        return whole_tensors(self)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements start ... stop - 1 of a tensor, (n,), on the CPU. Reads no others.
+
+        Raises:
+            StorageError: the files do not hold them all.
+        """
+        stop = torch.Size(self.shapes[name]).numel() if stop is None else stop
+        parts = self.parts(name, start, stop)
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(values) != stop - start:
+            raise StorageError(f"{self.path} holds {len(values)} of the elements {start} ... {stop - 1} of {name}")
+        return values
+
+    def parts(self, name: str, start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """The parts of a tensor, flat and in order, as they were saved; of each, what lies in start ... stop - 1."""
+        parts = []
+        for begin, end, file, key in self._places[name]:
+            last = end if stop is None else min(stop, end)
+            with storage_errors(), safetensors.safe_open(file, framework="pt") as opened:
+                values = opened.get_tensor(key).reshape(-1)  # a view of the file: only what is copied is read
+                parts.append(values[max(start - begin, 0) : max(last - begin, 0)].clone())
+        return parts
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[int, int, Path, str]]]:
+        """Where the parts of each tensor are, in order: (start, stop, file, key)."""
+        places: dict[str, list[tuple[int, int, Path, str]]] = {name: [] for name in self.shapes}
+        for file in sorted(self.path.glob("*.safetensors")):
+            with storage_errors(), safetensors.safe_open(file, framework="pt") as opened:
+                keys = list(opened.keys())
+            for key in keys:
+                name, start, stop = _parse_key(key, self.shapes)
+                places[name].append((start, stop, file, key))
+        return {name: sorted(of_tensor) for name, of_tensor in places.items()}
 
 
-class CheckpointWriter:
-    """Writes checkpoints of one run from a thread; rank 0 alone has one.
+@dataclass(frozen=True)
+class Written:
+    """What one rank has put into a checkpoint that is not yet committed."""
 
-    The thread first copies the tensors into memory of its own, while the next forward and backward pass only read them:
-    `wait_for_copy` must stand before whatever changes them. An error of the thread is raised by the next call.
+    files: dict[str, dict[str, Any]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def write_parts(folder: Path, step: int, state: State, rank: int = 0) -> Written:
+    """Write what one rank holds, for `commit`.
+
+    Raises:
+        StorageError: it could not be written.
     """
-
-    def __init__(self, run: Path, settings: CheckpointSettings) -> None:
-        """Raises StorageError where the folder cannot be made. Removes what a killed writer has left half done."""
-        self._folder = run / FOLDER
-        self._settings = settings
-        self._snapshot: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-        self._copied = threading.Event()
-        self._copied.set()
-        with storage_errors():
-            self._folder.mkdir(exist_ok=True)
-            flush_folder(run)
-            for leftover in self._folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    def save(
-        self, step: int, state: Mapping[str, Tensor], counters: Mapping[str, Any], volatile: Collection[str] = ()
-    ) -> None:
-        """Write a checkpoint after `step` updates, in a thread unless the settings say otherwise.
-
-        Args:
-            state: tensors by name, on any device.
-            counters: whatever else JSON can hold.
-            volatile: names of tensors that a forward pass may change, which are copied before this returns.
-
-        Raises:
-            StorageError: this or the checkpoint before could not be written; those before are whole.
-        """
-        self.wait()
-        stable = {name: tensor for name, tensor in state.items() if name not in volatile}
-        self._copy({name: state[name] for name in volatile})
-        self._copied.clear()
-        self._writing = self._thread.submit(self._write, step, stable, list(state), dict(counters))
-        if not self._settings.asynchronous:
-            self.wait()
-
-    def wait_for_copy(self) -> None:
-        """Until nothing needs the tensors of the last `save` any more: a moment."""
-        self._copied.wait()
-
-    def wait(self) -> None:
-        """Until nothing is being written.
-
-        Raises:
-            StorageError: the last checkpoint could not be written.
-        """
-        if self._writing:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Into the same memory each time: fresh pages cost ten times the copy."""
-        for name, tensor in tensors.items():
-            if name not in self._snapshot or self._snapshot[name].shape != tensor.shape:
-                self._snapshot[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            self._snapshot[name].copy_(tensor)
-
-    def _write(self, step: int, stable: Mapping[str, Tensor], names: list[str], counters: Mapping[str, Any]) -> Path:
-        try:
-            self._copy(stable)
-        finally:
-            self._copied.set()
-        snapshot = {name: self._snapshot[name] for name in names}
-        return write_checkpoint(self._folder, step, snapshot, counters, self._settings.keep)
+    temporary = folder / f"{TEMPORARY}{step:012d}"
+    files = {}
+    with storage_errors():
+        temporary.mkdir(exist_ok=True)
+        for index, tensors in enumerate(_by_file(state)):
+            name = f"rank{rank:05d}-{index:05d}.safetensors"
+            safetensors.torch.save_file(_without_sharing(tensors), temporary / name)
+            files[name] = {"sha256": _flush_and_hash(temporary / name), "bytes": (temporary / name).stat().st_size}
+        flush_folder(temporary)
+    return Written(files, {name: tuple(part.shape) for name, part in state.items()})
 
 
-def write_checkpoint(
-    folder: Path, step: int, state: Mapping[str, Tensor], counters: Mapping[str, Any], keep: int
-) -> Path:
-    """Write one checkpoint to its end and prune those before the last `keep`.
+def commit(folder: Path, step: int, written: Sequence[Written], counters: Mapping[str, Any], keep: int) -> Path:
+    """Make a checkpoint of what all ranks have `written`, and prune those before the last `keep`.
 
     Raises:
         StorageError: it could not be written; nothing of it is left, and those before are whole.
     """
     final = folder / f"{step:012d}"
     temporary = folder / f"{TEMPORARY}{step:012d}"
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "counters": dict(counters),
+        "shapes": {name: shape for of_rank in written for name, shape in of_rank.shapes.items()},
+        "files": {name: vouched for of_rank in written for name, vouched in of_rank.files.items()},
+    }
     with storage_errors():
-        temporary.mkdir()
         try:
-            files = {}
-            for index, tensors in enumerate(_by_file(state)):
-                name = f"tensors-{index:05d}.safetensors"
-                safetensors.torch.save_file(tensors, temporary / name)
-                files[name] = {"sha256": _flush_and_hash(temporary / name), "bytes": (temporary / name).stat().st_size}
-            manifest = {"format": FORMAT, "step": step, "counters": dict(counters), "files": files}
             (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _manifest_hash(manifest)}, indent=1))
             _flush_and_hash(temporary / MANIFEST)
             flush_folder(temporary)
@@ -151,11 +141,22 @@ def write_checkpoint(
             temporary.rename(final)
             flush_folder(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(folder, step)
         # What is numbered higher belongs to an attempt that this one has replaced: it was not whole.
         _remove([path for path in _checkpoints(folder) if int(path.name) > step])
         _remove(_checkpoints(folder)[:-keep])
     return final
+
+
+def discard(folder: Path, step: int) -> None:
+    """Remove what has been written of a checkpoint that cannot be committed."""
+    shutil.rmtree(folder / f"{TEMPORARY}{step:012d}", ignore_errors=True)
+
+
+def discard_leftovers(folder: Path) -> None:
+    """Remove what a killed writer has left half done."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(paths: list[Path]) -> None:
@@ -207,7 +208,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
                 raise StorageError(f"{path / name} was altered: its sha256 is another")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path} is torn: {error}") from error
-    return Checkpoint(path, manifest["step"], manifest["counters"])
+    shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+    return Checkpoint(path, manifest["step"], manifest["counters"], shapes)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -219,17 +221,39 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdigit())
 
 
-def _by_file(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def _key(name: str, part: Part) -> str:
+    return name if part.is_whole else f"{name}[{part.start}:{part.start + part.values.numel()}]"
+
+
+def _parse_key(key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, int]:
+    """The tensor's name, and the first and the last but one of its elements."""
+    if key not in shapes and (match := re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key)) and match[1] in shapes:
+        return match[1], int(match[2]), int(match[3])
+    return key, 0, torch.Size(shapes[key]).numel()
+
+
+def _by_file(state: State) -> Iterator[dict[str, Tensor]]:
     """`state` in files of at most MAX_FILE_BYTES, or of one tensor."""
-    files: list[dict[str, Tensor]] = [{}]
+    tensors: dict[str, Tensor] = {}
     num_bytes = 0
-    for name, tensor in state.items():
-        if files[-1] and num_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            files.append({})
-            num_bytes = 0
-        files[-1][name] = tensor
-        num_bytes += tensor.nbytes
-    return files
+    for name, part in state.items():
+        if tensors and num_bytes + part.values.nbytes > MAX_FILE_BYTES:
+            yield tensors
+            tensors, num_bytes = {}, 0
+        tensors[_key(name, part)] = part.values.detach().cpu().contiguous()
+        num_bytes += part.values.nbytes
+    if tensors:
+        yield tensors
+
+
+def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights each by themselves: the format knows no others."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:

@@ -2,23 +2,27 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, SettingsError
 from app.config import Settings
 from app.data.loader import Batch
-from app.parallel.replicated import Replicated
+from app.parallel.layout import Layout
+from app.parallel.strategy import Strategy
 from app.tasks.classify import Classify, Evaluation
-from app.training.checkpoint import CheckpointWriter, latest_checkpoint
+from app.training.checkpoint import latest_checkpoint
+from app.training.checkpoint_writer import CheckpointWriter
 from app.training.journal import Journal, RootJournal
 from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
-from app.training.optim import build_optimizer, learning_rate_at, learning_rate_scale, set_learning_rate
+from app.training.optim import learning_rate_at, learning_rate_scale, set_learning_rate
 from app.training.run_folder import RunFolder
-from app.training.seeding import random_state_digest, seed_model, update_seed
+from app.training.seeding import random_state_digest, update_seed
+
+COMPUTED_ALIKE = ("channels_last", "compile")  # settings of a model that change how, not what it computes
 
 
 @dataclass
@@ -50,8 +54,7 @@ class Trainer:
         strategy: where the model lives.
         loader: this rank's part of the training data, at the run's position.
         progress: how far the run is.
-        writer: of checkpoints; None but on rank 0.
-        before_step: what must be waited for before the model changes.
+        writer: of checkpoints.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Trainer:
         cluster: Cluster,
         settings: Settings,
         task: Classify,
-        strategy: Replicated,
+        strategy: Strategy,
+        layout: Layout,
         folder: RunFolder,
         resume: bool,
     ) -> None:
@@ -73,7 +77,8 @@ class Trainer:
         self.task = task
         self.strategy = strategy
         self._folder = folder
-        self.loader = task.build_loader()
+        self._layout = layout
+        self.loader = task.build_loader(layout.replica, layout.num_replicas)
         self._num_updates = settings.num_epochs * self.loader.batches_per_epoch
         self._window = Window(cluster.device)
         self.progress = Progress()
@@ -83,12 +88,10 @@ class Trainer:
         attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
         ledger = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank) if settings.proof.ledger else None
         self._ledger = Ledger(ledger, self.loader.num_samples)
-        self._journal, self.writer = Journal(), None
-        self.before_step: Callable[[], None] | None = None
+        self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
+        self._journal = Journal()
         if cluster.is_root:
             self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark)
-            self.writer = CheckpointWriter(folder.path, settings.checkpoint)
-            self.before_step = self.writer.wait_for_copy
 
     def train(self) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` batches; then the evaluation.
@@ -112,20 +115,20 @@ class Trainer:
                     self._journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
             if evaluation is None:
                 evaluation = self._evaluate(self._settings.num_epochs - 1)
-            if self.writer:
-                self.writer.wait()
+            self.writer.wait()
         return evaluation
 
     def update(self, batch: Batch) -> None:
         """Collective: one optimizer step, and what falls due after it."""
         started = time.perf_counter()
         settings, progress = self._settings, self.progress
-        learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, self._cluster.size)
+        num_shards = self._layout.num_replicas
+        learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, num_shards)
         set_learning_rate(self.strategy.optimizer, learning_rate)
-        seed = update_seed(settings.seed, progress.step, self._cluster.rank)
+        seed = update_seed(settings.seed, progress.step, self._layout.replica)
         skipped = False
         try:
-            self._window.add(self.strategy.update(batch, self.task.loss_sum, seed, self.before_step))
+            self._window.add(self.strategy.update(batch, self.task, seed, self.writer.wait_for_copy))
         except NonFiniteError as error:
             if settings.proof.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
@@ -133,7 +136,8 @@ class Trainer:
             skipped = True
             progress.num_skipped += 1
             self._journal.say(f"Update {progress.step + 1} is skipped: {error}")
-        self._ledger.record(progress.step, self.loader.epoch, batch.ids, skipped)
+        ids = batch.ids if self._layout.counts_samples else batch.ids[:0]
+        self._ledger.record(progress.step, self.loader.epoch, ids, skipped)
         progress.step += 1
         progress.num_images += batch.global_size
         self._journal.advance(progress.step)
@@ -159,28 +163,29 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> Evaluation:
         """Collective."""
-        evaluation = self.task.evaluate(self.strategy.model)
+        strategy, layout = self.strategy, self._layout
+        forward = partial(strategy.forward, self.task)
+        evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
         self._journal.record("held_out", self.progress.step, epoch, evaluation.loss, evaluation.accuracy)
         return evaluation
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Collective: rank 0 writes what all need to go on from here, exactly as if they had never stopped."""
+        """Collective: every rank writes its part of what all need to go on, exactly as if they had never stopped."""
         self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
         random_state = random_state_digest(self._cluster.device)
         of_ranks = self._cluster.all_gather_object((self._window.tally(), random_state))
-        if self.writer:
-            counters: dict[str, Any] = {
-                "progress": asdict(self.progress),
-                "epoch": self.loader.epoch,
-                "consumed": self.loader.consumed,
-                "metrics_mark": self._journal.mark(),
-                "window_of_ranks": [tally for tally, _ in of_ranks],
-                "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
-                "must_stay": self._must_stay(),
-            }
-            self.writer.save(self.progress.step, self.strategy.state(), counters, self.strategy.changed_by_forward)
+        counters: dict[str, Any] = {
+            "progress": asdict(self.progress),
+            "epoch": self.loader.epoch,
+            "consumed": self.loader.consumed,
+            "metrics_mark": self._journal.mark(),
+            "window_of_ranks": [tally for tally, _ in of_ranks],
+            "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
+            "must_stay": self._must_stay(),
+        }
+        self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
 
     def _must_stay(self) -> dict[str, Any]:
         """What a run cannot change when it goes on: its position and state would mean something else."""
@@ -188,7 +193,7 @@ class Trainer:
         return {
             "seed": settings.seed,
             "precision": settings.precision,
-            "model": {"dropout1": settings.model.dropout1, "dropout2": settings.model.dropout2},
+            "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
             "gradient.reduction": settings.gradient.reduction,
             "gradient.wire": settings.gradient.wire,
             "data.name": data.name,
@@ -196,7 +201,8 @@ class Trainer:
             "the number of samples": self.loader.num_samples,
             "the global batch (data.batch_size, or data.batch_size_per_rank times the ranks)": self.loader.batch_size,
             "optimizer.name": settings.optimizer.name,
-            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._cluster.size),
+            "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._layout.num_replicas),
         }
 
     def _resume(self) -> int:
@@ -211,7 +217,7 @@ class Trainer:
                 was = counters["must_stay"][name]
                 message = f"{name} is {now} and was {was}: a run that goes on cannot change it"
                 raise SettingsError(message).on_all_ranks()
-        self.strategy.load_state(self._cluster.on_root_alone(found.load))
+        self.strategy.load_state(found)
         self.progress = Progress(**counters["progress"])
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
         self._window.restore(counters["window_of_ranks"], self._cluster)
@@ -221,21 +227,6 @@ class Trainer:
     def _tell(self, line: str) -> None:
         if self._cluster.is_root:
             print(line, flush=True)
-
-
-def build_trainer(
-    cluster: Cluster, settings: Settings, task: Classify, folder: RunFolder, resume: bool = False
-) -> Trainer:
-    """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
-
-    Raises:
-        SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
-        StorageError: on every rank: there are checkpoints, and none of them is whole.
-    """
-    seed_model(settings.seed)
-    model = task.build_model()
-    strategy = Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
-    return Trainer(cluster, settings, task, strategy, folder, resume)
 
 
 def _is_due(step: int, interval: int) -> bool:

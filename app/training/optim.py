@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,22 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
     Fused: one pass over the parameters, where PyTorch's default on CPUs goes through them once for each operation.
     """
-    rate, decay = settings.learning_rate, settings.weight_decay
+    rate, groups = settings.learning_rate, parameter_groups(model, settings)
     if settings.name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, fused=True)
     build = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return build(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    return build(groups, lr=rate, fused=True)
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """All parameters that learn, with their weight decay: in one group, or matrices and vectors each in their own."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = settings.weight_decay
+    if settings.decay_vectors:
+        return [{"params": parameters, "weight_decay": decay}]
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from app.cluster.failure import SettingsError, StorageError
 from app.config import Settings
 from app.parallel.merge import state_digest
 from app.settings import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_settings
+from app.training.tensor_file import TensorFileWriter
+
+MODEL = "model.safetensors"
 
 
 class RunFolder:
@@ -98,9 +100,9 @@ class RunFolder:
         """
         folder = RunFolder(path)
         with storage_errors():
-            finished = (path / "model.safetensors").is_file()
+            finished = (path / MODEL).is_file()
         if not finished:
-            raise StorageError(f"{path} is not the folder of a finished run: it holds no model.safetensors")
+            raise StorageError(f"{path} is not the folder of a finished run: it holds no {MODEL}")
         return folder
 
     @property
@@ -120,17 +122,17 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file: under a temporary name, then renamed."""
-        with _replacing(self.path / name) as temporary:
+        with replacing(self.path / name) as temporary:
             temporary.write_text(text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
-    def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Save the merged model, with the digest of its content in the header of the file."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        with _replacing(self.path / "model.safetensors") as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata={"digest": state_digest(tensors)})
+    @contextlib.contextmanager
+    def model_writer(self, like: Mapping[str, Tensor]) -> Iterator[TensorFileWriter]:
+        """Save the merged model tensor by tensor, with the digest of its content in the header of the file."""
+        with replacing(self.path / MODEL) as temporary, TensorFileWriter(temporary, like) as writer:
+            yield writer
 
     def load_model(self) -> dict[str, Tensor]:
         """The merged model.
@@ -138,7 +140,7 @@ class RunFolder:
         Raises:
             StorageError: it cannot be read, or is torn.
         """
-        path = self.path / "model.safetensors"
+        path = self.path / MODEL
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 digest = (file.metadata() or {}).get("digest")
@@ -151,7 +153,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well and is removed when not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with storage_errors():

@@ -1,20 +1,57 @@
-"""Builds a run as app/train.py does, for tests that stop it, look into it or compare it."""
+"""Builds a run as app/train.py does, for tests that stop it, look into it or compare it; and small things to train."""
 
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from app.cluster.comm import Cluster
 from app.config import Settings
-from app.parallel.replicated import Replicated
+from app.data.image_set import ImageSet
+from app.data.loader import Batch, BatchLoader
+from app.parallel.strategy import Strategy
 from app.tasks.classify import Classify
-from app.training import loop
+from app.training import build
 from app.training.loop import Trainer
 from app.training.run_folder import RunFolder
 
 
-def build_trainer(
-    cluster: Cluster, settings: Settings, folder: Path, resume: bool = False
-) -> tuple[Trainer, Replicated]:
+def build_trainer(cluster: Cluster, settings: Settings, folder: Path, resume: bool = False) -> tuple[Trainer, Strategy]:
     """Collective."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = loop.build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder), resume)
+    trainer = build.build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder), resume)
     return trainer, trainer.strategy
+
+
+class CrossEntropy:
+    """An `Objective`."""
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        outputs: Tensor = model(inputs)
+        return outputs
+
+    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(outputs, batch.targets, reduction="sum")
+        return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
+
+
+def make_batch(shard_id: int, num_shards: int, num_samples: int, shape: tuple[int, int, int] = (2, 3, 3)) -> Batch:
+    """One shard's part of a global batch of `num_samples` images of `shape`, in 3 classes and float64."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (num_samples, *shape), generator=generator).to(torch.uint8)
+    data = ImageSet(images, torch.randint(0, 3, (num_samples,), generator=generator), num_classes=3)
+    loader = BatchLoader(data, num_samples, "hash", shard_id, num_shards, 0, torch.float64)
+    return next(loader.rest_of_epoch())
+
+
+def merged_model(cluster: Cluster, strategy: Strategy) -> dict[str, Tensor] | None:
+    """Collective: the merged model on rank 0, None elsewhere."""
+    merged: dict[str, Tensor] = {}
+    strategy.merge(lambda name, tensor: merged.update({name: tensor}))
+    return merged if cluster.is_root else None
+
+
+def whole_values(strategy: Strategy) -> dict[str, Tensor]:
+    """What this rank holds, by name."""
+    return {name: part.values for name, part in strategy.state().items()}

@@ -17,7 +17,7 @@ from app.cluster.comm import Cluster
 from app.config import DataSettings, ModelSettings, OptimizerSettings, Settings
 from app.parallel.merge import state_digest
 from app.tasks.classify import Evaluation
-from tests.parallel.building import build_trainer
+from tests.parallel.building import build_trainer, merged_model
 
 TOLERANCE = 1e-10
 NUM_SAMPLES = 100  # with a global batch of 22: the last batch has 12 samples, no batch divides by 3 or 4
@@ -40,7 +40,7 @@ class Run:
         trainer, strategy = build_trainer(cluster, settings, folder)
         self.evaluation: Evaluation = trainer.train()
         self.state: dict[str, Tensor] = strategy.model.state_dict()
-        self.merged = strategy.full_state()
+        self.merged = merged_model(cluster, strategy)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.losses = [record["loss"] for record in records if record["kind"] == "train"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, SettingsError
 from app.config import GradientSettings
-from app.data.image_set import ImageSet
-from app.data.loader import Batch, BatchLoader
+from app.data.loader import Batch
 from app.parallel.gradients import sum_over_wire_
 from app.parallel.replicated import Replicated
+from tests.parallel.building import CrossEntropy, make_batch
 
 
 def _model() -> nn.Module:
@@ -22,16 +22,8 @@ def _model() -> nn.Module:
     return model.double().to(memory_format=torch.channels_last)
 
 
-def _loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum")
-    return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
-
-
 def _batch(cluster: Cluster, num_samples: int) -> Batch:
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (num_samples, 2, 3, 3), generator=generator).to(torch.uint8)
-    data = ImageSet(images, torch.randint(0, 3, (num_samples,), generator=generator), num_classes=3)
-    return next(BatchLoader(data, num_samples, "hash", cluster.rank, cluster.size, 0, torch.float64).rest_of_epoch())
+    return make_batch(cluster.rank, cluster.size, num_samples)
 
 
 def _gradients(cluster: Cluster, settings: GradientSettings, num_updates: int = 3) -> dict[str, Tensor]:
@@ -39,7 +31,7 @@ def _gradients(cluster: Cluster, settings: GradientSettings, num_updates: int = 
     model = _model()
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for _ in range(num_updates):
-        tally = strategy.update(_batch(cluster, 11), _loss_sum, seed=0)
+        tally = strategy.update(_batch(cluster, 11), CrossEntropy(), seed=0)
         assert cluster.sum_(tally, name="tally")[2] == 11
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -67,7 +59,7 @@ def test_all_buckets_but_the_last_leave_during_the_last_backward_pass(cluster: C
     settings = GradientSettings(bucket_mib=1e-6, num_micro_batches=2)
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for send in (False, True):
-        strategy._backward(_batch(cluster, 11), _loss_sum, 0, send)
+        strategy._backward(_batch(cluster, 11), CrossEntropy(), 0, send)
         left = [bucket.arrives is not None for bucket in strategy.gradients._buckets]
         assert left == [send] * (len(left) - 1) + [False]
     strategy.gradients.finish()
@@ -88,7 +80,7 @@ def test_a_parameter_without_a_gradient_does_not_hold_up_its_bucket(cluster: Clu
     settings = GradientSettings(bucket_mib=1e-6)
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for _ in range(2):
-        strategy.update(_batch(cluster, 11), _loss_sum, seed=0)
+        strategy.update(_batch(cluster, 11), CrossEntropy(), seed=0)
     assert model.idle.weight.grad is not None
     assert not model.idle.weight.grad.any()
     assert model.used.weight.grad is not None
@@ -103,8 +95,8 @@ def test_nan_in_a_bucket_that_has_left_stops_all_ranks_and_the_next_update_is_wh
     batch = _batch(cluster, 11)
     bad = replace(batch, inputs=batch.inputs * (float("nan") if cluster.rank == 1 else 1.0))
     with pytest.raises(NonFiniteError, match="the loss on rank 1"):
-        strategy.update(bad, _loss_sum, seed=0)
-    strategy.update(batch, _loss_sum, seed=0)
+        strategy.update(bad, CrossEntropy(), seed=0)
+    strategy.update(batch, CrossEntropy(), seed=0)
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 

@@ -6,7 +6,6 @@ since the last checkpoint are lost. Real kills are in tests/launch/test_resume.p
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsErr
 from app.config import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
 from app.data.loader import Batch
 from app.parallel.merge import state_digest
+from app.parallel.parts import State, TensorState
 from app.parallel.replicated import Replicated
-from app.training.checkpoint import CheckpointWriter, list_checkpoints, verify_checkpoint
+from app.training.checkpoint import list_checkpoints, verify_checkpoint
+from app.training.checkpoint_writer import CheckpointWriter
 from app.training.ledger import read_ledger
 from app.training.loop import Trainer
-from tests.parallel.building import build_trainer
+from tests.parallel.building import build_trainer, whole_values
 
 SETTINGS = Settings(
     num_epochs=3,
@@ -56,8 +57,7 @@ def _run(cluster: Cluster, settings: Settings, folder: Path, resume: bool = Fals
     try:
         trainer.train()
     except Stop:
-        if trainer.writer:
-            trainer.writer.wait()
+        trainer.writer.wait()
     cluster.all_gather_object(None)  # nobody goes on before rank 0 has written
     return trainer
 
@@ -67,7 +67,7 @@ def _records(folder: Path) -> list[dict[str, float]]:
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
-    return trainer.strategy.state()
+    return whole_values(trainer.strategy)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, ADAM], ids=["sgd", "adam"])
@@ -130,7 +130,7 @@ def test_horovods_broadcast_of_optimizer_state_moves_the_other_ranks_away(cluste
 def test_our_loading_of_state_leaves_all_ranks_equal(cluster: Cluster) -> None:
     model, optimizer = _model_and_optimizer(cluster)
     strategy = Replicated(model, optimizer, cluster)
-    strategy.load_state(strategy.state() if cluster.is_root else None)
+    strategy.load_state(TensorState(whole_values(strategy)))
     strategy.compare("after loading")
     assert "momentum_buffer" in optimizer.state[model.weight]
 
@@ -150,7 +150,7 @@ def test_the_sentinel_names_the_first_difference_and_the_rank(cluster: Cluster, 
         tally = update(*arguments)  # type: ignore[arg-type]
         if cluster.rank == 1 and trainer.progress.step == 3:
             if what in strategy.state():
-                bits = strategy.state()[what].view(torch.int32)
+                bits = strategy.state()[what].values.view(torch.int32)
                 bits[(0,) * bits.dim()] ^= 1 << 3
             else:
                 strategy.optimizer.param_groups[0]["lr"] *= 2
@@ -166,12 +166,12 @@ def _poison(trainer: Trainer, cluster: Cluster, step: int, where: str) -> None:
     """Rank 1 meets a loss, or a gradient of fc2.bias, that is not a number, in update `step`."""
     loss_sum = trainer.task.loss_sum
 
-    def poisoned(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, tally = loss_sum(model, batch)
+    def poisoned(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, tally = loss_sum(outputs, batch)
         if cluster.rank == 1 and trainer.progress.step == step:
             if where == "the loss":
                 return loss * float("nan"), tally
-            bias = model.get_parameter("fc2.bias")
+            bias = trainer.strategy.model.get_parameter("fc2.bias")
             hook = bias.register_hook(lambda gradient: gradient * float("inf"))
             handle.append(hook)
         return loss, tally
@@ -201,9 +201,9 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_if_so_set(cluster: Clust
     batches = trainer.loader.rest_of_epoch()
     for _ in range(4):
         trainer.update(next(batches))
-    before = state_digest(strategy.state())
+    before = state_digest(whole_values(strategy))
     trainer.update(next(batches))
-    assert state_digest(strategy.state()) == before
+    assert state_digest(whole_values(strategy)) == before
     assert (trainer.progress.step, trainer.progress.num_skipped) == (5, 1)
     assert torch.isfinite(torch.tensor(trainer.train().loss))
     strategy.compare("after the skip")
@@ -220,9 +220,9 @@ def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
     """However slow the copy is, the checkpoint holds what was then."""
     copy = CheckpointWriter._copy
 
-    def slow_copy(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
+    def slow_copy(writer: CheckpointWriter, state: State) -> State:
         time.sleep(0.3)
-        copy(writer, tensors)
+        return copy(writer, state)
 
     monkeypatch.setattr(CheckpointWriter, "_copy", slow_copy)
     folder = cluster.on_root(lambda: tmp_path)
@@ -230,11 +230,11 @@ def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
     batches = trainer.loader.rest_of_epoch()
     for _ in range(SETTINGS.checkpoint.interval):
         trainer.update(next(batches))
-    digest = state_digest(strategy.state())
+    digest = state_digest(whole_values(strategy))
     trainer.update(next(batches))
-    assert state_digest(strategy.state()) != digest
-    if trainer.writer:
-        trainer.writer.wait()
+    assert state_digest(whole_values(strategy)) != digest
+    trainer.writer.wait()
+    if cluster.is_root:
         assert state_digest(verify_checkpoint(list_checkpoints(folder)[0]).load()) == digest
     cluster.all_gather_object(None)
 

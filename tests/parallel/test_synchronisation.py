@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from app.cluster.comm import Cluster
 from app.cluster.failure import ReplicasDifferError
-from app.data.image_set import ImageSet
-from app.data.loader import Batch, BatchLoader
+from app.data.loader import Batch
 from app.parallel.merge import state_digest
 from app.parallel.replicated import Replicated
 from app.training.metrics import Window
 from app.training.seeding import update_seed
+from tests.parallel.building import CrossEntropy, make_batch, merged_model
 
 
 def _model(seed: int) -> nn.Module:
@@ -24,17 +24,8 @@ def _strategy(model: nn.Module, cluster: Cluster) -> Replicated:
     return Replicated(model, torch.optim.SGD(model.parameters(), lr=0.1), cluster)
 
 
-def _loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum")
-    return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
-
-
 def _batch(cluster: Cluster, num_samples: int) -> Batch:
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (num_samples, 1, 2, 2), generator=generator).to(torch.uint8)
-    labels = torch.randint(0, 3, (num_samples,), generator=generator)
-    data = ImageSet(images, labels, num_classes=3)
-    return next(BatchLoader(data, num_samples, "hash", cluster.rank, cluster.size, 0, torch.float64).rest_of_epoch())
+    return make_batch(cluster.rank, cluster.size, num_samples, shape=(1, 2, 2))
 
 
 @pytest.mark.world_size(3)
@@ -50,7 +41,7 @@ def test_all_ranks_take_the_model_of_rank_0(cluster: Cluster) -> None:
 def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Cluster) -> None:
     """11 samples over 3 ranks: the mean of the ranks' means would weigh samples unequally."""
     model = _model(seed=1).eval()
-    _strategy(model, cluster).update(_batch(cluster, 11), _loss_sum, seed=0)
+    _strategy(model, cluster).update(_batch(cluster, 11), CrossEntropy(), seed=0)
     reference = _model(seed=1).eval()
     whole = _batch(Cluster.alone(), 11)
     F.cross_entropy(reference(whole.inputs), whole.targets).backward()
@@ -63,7 +54,7 @@ def test_the_merged_model_is_every_ranks_model(cluster: Cluster) -> None:
     model = _model(seed=2)
     strategy = _strategy(model, cluster)
     strategy.synchronise()
-    merged = strategy.full_state()
+    merged = merged_model(cluster, strategy)
     assert (merged is not None) == cluster.is_root
     if merged is not None:
         assert list(merged) == list(model.state_dict())
@@ -80,7 +71,7 @@ def test_a_replica_that_drifted_by_one_bit_is_named_at_the_merge(cluster: Cluste
     if cluster.rank == drifted_rank:
         model.get_parameter("1.weight").data.view(torch.int64)[3, 1] ^= 1
     with pytest.raises(ReplicasDifferError, match=rf"model/1.weight of rank {drifted_rank} is not") as caught:
-        strategy.full_state()
+        merged_model(cluster, strategy)
     assert caught.value.shared
 
 
@@ -109,5 +100,5 @@ def test_replicas_stay_equal_over_updates_with_dropout(cluster: Cluster) -> None
     strategy = _strategy(model, cluster)
     strategy.synchronise()
     for step in range(5):
-        strategy.update(_batch(cluster, 9), _loss_sum, update_seed(0, step, cluster.rank))
+        strategy.update(_batch(cluster, 9), CrossEntropy(), update_seed(0, step, cluster.rank))
     strategy.compare("after 5 updates")

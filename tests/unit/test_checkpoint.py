@@ -10,16 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.cluster.comm import Cluster
 from app.cluster.failure import StorageError
 from app.config import CheckpointSettings
+from app.parallel.parts import Part, State
 from app.training import checkpoint as module
 from app.training.checkpoint import (
-    CheckpointWriter,
+    commit,
+    discard_leftovers,
     latest_checkpoint,
     list_checkpoints,
     verify_checkpoint,
-    write_checkpoint,
+    write_parts,
 )
+from app.training.checkpoint_writer import CheckpointWriter
 
 STATE = {
     "model/weight": torch.arange(1000, dtype=torch.float32).view(10, 100),
@@ -33,7 +37,12 @@ COUNTERS = {"epoch": 2, "consumed": 64, "loss": 0.1 + 0.2}
 def _write(run: Path, *steps: int, keep: int = 10) -> None:
     (run / "checkpoints").mkdir(exist_ok=True)
     for step in steps:
-        write_checkpoint(run / "checkpoints", step, STATE, {**COUNTERS, "step": step}, keep)
+        written = write_parts(run / "checkpoints", step, _state(STATE))
+        commit(run / "checkpoints", step, [written], {**COUNTERS, "step": step}, keep)
+
+
+def _state(tensors: dict[str, Tensor]) -> State:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
 
 
 def _names(run: Path) -> list[int]:
@@ -72,19 +81,19 @@ def test_a_damaged_one_with_a_higher_number_does_not_cost_the_one_just_written(t
 
 
 def _flip_a_byte(path: Path) -> None:
-    file = path / "tensors-00000.safetensors"
+    file = path / "rank00000-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(content)
 
 
 def _tear(path: Path) -> None:
-    file = path / "tensors-00000.safetensors"
+    file = path / "rank00000-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def _lose_a_file(path: Path) -> None:
-    (path / "tensors-00000.safetensors").unlink()
+    (path / "rank00000-00000.safetensors").unlink()
 
 
 def _lose_the_manifest(path: Path) -> None:
@@ -130,13 +139,13 @@ def test_a_run_none_of_whose_checkpoints_is_whole_does_not_begin_anew_in_silence
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_writer_saves_what_was_when_it_was_called(asynchronous: bool, tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, CheckpointSettings(asynchronous=asynchronous))
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(asynchronous=asynchronous), Cluster.alone())
     tensor = torch.zeros(1_000_000)
     running_mean = torch.zeros(1000)
     for step in range(1, 4):
         tensor.fill_(step)
         running_mean.fill_(step)
-        writer.save(step, {"tensor": tensor, "mean": running_mean}, {}, volatile=["mean"])
+        writer.save(step, _state({"tensor": tensor, "mean": running_mean}), {}, volatile=["mean"])
         running_mean.fill_(-1)  # the next forward pass
         writer.wait_for_copy()
         tensor.fill_(-1)  # the next optimizer step, while the thread writes
@@ -149,16 +158,16 @@ def test_the_writer_saves_what_was_when_it_was_called(asynchronous: bool, tmp_pa
 def test_a_killed_writers_leftovers_are_removed(tmp_path: Path) -> None:
     _write(tmp_path, 5)
     (tmp_path / "checkpoints" / ".writing-000000000010").mkdir()
-    CheckpointWriter(tmp_path, CheckpointSettings())
+    CheckpointWriter(tmp_path, CheckpointSettings(), Cluster.alone())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000005"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_vanished_folder_is_told_by_the_next_call(asynchronous: bool, tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, CheckpointSettings(asynchronous=asynchronous))
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(asynchronous=asynchronous), Cluster.alone())
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(StorageError, match="No such file"):  # noqa: PT012  the thread's error comes with the wait
-        writer.save(1, STATE, {})
+        writer.save(1, _state(STATE), {})
         writer.wait()
 
 
@@ -169,8 +178,9 @@ def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) 
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(StorageError, match="must be yours"):
-            write_checkpoint(tmp_path / "checkpoints", 2, {"large": torch.zeros(1_000_000)}, {}, keep=1)
+            write_parts(tmp_path / "checkpoints", 2, _state({"large": torch.zeros(1_000_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    discard_leftovers(tmp_path / "checkpoints")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000001"]
     assert _same(verify_checkpoint(list_checkpoints(tmp_path)[0]).load(), STATE)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from app.models.net import Net
-from app.parallel.merge import merge_shards, shard_model, shard_of, state_digest, sync_params
+from app.parallel.merge import merge_shards, shard_model, state_digest, sync_params
 
 
 def _model() -> nn.Module:
@@ -30,13 +30,13 @@ def test_a_model_is_cut_into_that_number_of_parts_and_merges_again(num_shards: i
     assert state_digest(merged) == state_digest(model)
 
 
-def test_parts_are_copies() -> None:
-    model = _model()
-    before = state_digest(model)
-    for parts in shard_model(model, 2).values():
-        for part in parts:
-            part.zero_()
-    assert state_digest(model) == before
+def test_parts_are_views() -> None:
+    """What is written to a shard is written to the model: so a strategy keeps a part, or loads one, without a copy."""
+    model, zeros = _model(), _model()
+    for tensor in zeros.state_dict().values():
+        tensor.zero_()
+    sync_params(shard_model(model, 2), shard_model(zeros, 2))
+    assert state_digest(model) == state_digest(zeros)
 
 
 def test_non_contiguous_weights_merge_in_their_own_order() -> None:
@@ -45,9 +45,9 @@ def test_non_contiguous_weights_merge_in_their_own_order() -> None:
     assert all(torch.equal(merged[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_shard_of_is_one_of_the_parts() -> None:
+def test_a_cut_is_by_number_not_by_size() -> None:
     tensor = torch.arange(10.0).view(2, 5)
-    assert [shard_of(tensor, index, 3).tolist() for index in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    assert [part.tolist() for part in shard_model({"": tensor}, 3)[""]] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
 
 
 def test_sync_params_overwrites_every_part_in_place() -> None:

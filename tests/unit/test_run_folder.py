@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from app.cluster.failure import ExitCode, SettingsError, StorageError
 from app.config import Settings
@@ -47,6 +48,12 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     assert caught.value.exit_code == ExitCode.STORAGE
 
 
+def _save(folder: RunFolder, state: dict[str, Tensor]) -> None:
+    with folder.model_writer(state) as writer:
+        for name in reversed(state):
+            writer.write(name, state[name])
+
+
 def test_a_model_is_read_as_it_was_saved(tmp_path: Path) -> None:
     state = {
         "half": torch.randn(3).bfloat16(),
@@ -54,7 +61,7 @@ def test_a_model_is_read_as_it_was_saved(tmp_path: Path) -> None:
         "weight": torch.randn(4, 2, dtype=torch.float64).T,  # not contiguous
     }
     folder = RunFolder(tmp_path)
-    folder.save_model(state)
+    _save(folder, state)
     loaded = RunFolder.open(tmp_path).load_model()
     assert loaded.keys() == state.keys()
     assert all(
@@ -66,7 +73,7 @@ def test_a_model_is_read_as_it_was_saved(tmp_path: Path) -> None:
 def test_a_torn_model_and_a_missing_one_are_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no model"):
         RunFolder.open(tmp_path)
-    RunFolder(tmp_path).save_model({"weight": torch.zeros(1000)})
+    _save(RunFolder(tmp_path), {"weight": torch.zeros(1000)})
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

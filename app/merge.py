@@ -1,0 +1,79 @@
+"""Merges a checkpoint, however many ranks it was written by and whatever the strategy, into one file. Needs no MPI.
+
+python app/merge.py runs/latest                              the last whole checkpoint -> runs/latest/model.safetensors
+python app/merge.py runs/latest --step 200 --out model.safetensors
+
+Tensor by tensor: it needs memory for the largest tensor only. `app/evaluate.py` then scores the run's merged model.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.cluster.failure import SettingsError, run_alone
+from app.parallel.merge import merge_shards
+from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
+from app.training.run_folder import MODEL, replacing
+from app.training.tensor_file import TensorFileWriter
+
+PREFIX = "model/"
+
+
+def main() -> None:
+    """
+    Raises:
+        SettingsError: there is no such checkpoint.
+        StorageError: the checkpoint is torn, or the file cannot be written.
+    """
+    arguments = _parse_args()
+    checkpoint = _find(arguments.run, arguments.step)
+    out = arguments.out or arguments.run / MODEL
+    digest = merge_checkpoint(checkpoint, out)
+    print(f"Merged the model after update {checkpoint.step}: {out}, {out.stat().st_size:,} bytes, digest {digest}")
+
+
+def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
+    """Write the model in `checkpoint` to `out`, and return its digest.
+
+    Raises:
+        StorageError: the checkpoint lacks a part, or the file cannot be written.
+    """
+    names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
+    like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
+    with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
+        for name, tensor in like.items():
+            parts = checkpoint.parts(f"{PREFIX}{name}")
+            writer.write(name, merge_shards({name: parts}, like={name: tensor})[name])
+    return writer.digest
+
+
+def _like(checkpoint: Checkpoint, name: str) -> Tensor:
+    return torch.empty(checkpoint.shapes[name], dtype=checkpoint.read(name, 0, 0).dtype, device="meta")
+
+
+def _find(run: Path, step: int | None) -> Checkpoint:
+    if step is None:
+        found = latest_checkpoint(run, tell=print)
+    else:
+        found = next((verify_checkpoint(path) for path in list_checkpoints(run) if int(path.name) == step), None)
+    if found is None:
+        steps = ", ".join(str(int(path.name)) for path in list_checkpoints(run)) or "none"
+        raise SettingsError(f"{run} has no checkpoint{'' if step is None else f' of update {step}'}: it has {steps}")
+    return found
+
+
+def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="app/merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the last that is whole)")
+    parser.add_argument("--out", type=Path, help=f"the file to write (default: {MODEL} in the run's folder)")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":
+    run_alone(main)

@@ -1,0 +1,60 @@
+"""Puts together what the settings ask for."""
+
+from app.cluster.comm import Cluster
+from app.config import Settings
+from app.parallel.layout import Layout
+from app.parallel.pipeline import Pipeline
+from app.parallel.replicated import Replicated
+from app.parallel.strategy import Strategy
+from app.parallel.zero import Zero
+from app.tasks.classify import Classify
+from app.training.loop import Trainer
+from app.training.optim import build_optimizer
+from app.training.run_folder import RunFolder
+
+
+def build_trainer(
+    cluster: Cluster, settings: Settings, task: Classify, folder: RunFolder, resume: bool = False
+) -> Trainer:
+    """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
+
+    Raises:
+        SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
+        StorageError: on every rank: there are checkpoints, and none of them is whole.
+    """
+    layout = Layout.of(settings, cluster.rank, cluster.size)
+    strategy = build_strategy(cluster, settings, task, layout)
+    return Trainer(cluster, settings, task, strategy, layout, folder, resume)
+
+
+def build_strategy(cluster: Cluster, settings: Settings, task: Classify, layout: Layout) -> Strategy:
+    """Collective.
+
+    Raises:
+        SettingsError: on every rank: the number of ranks or the model does not fit the settings.
+    """
+    if settings.parallel == "replicated":
+        model = task.build_model()
+        return Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
+    if settings.parallel == "pipeline":
+        whole = settings.data.global_batch_size(layout.num_replicas)
+        example = task.example_inputs(-(-whole // (layout.num_replicas * settings.gradient.num_micro_batches)))
+        return Pipeline(
+            task.model_blocks,
+            lambda model: build_optimizer(model, settings.optimizer),
+            cluster,
+            settings,
+            layout,
+            task,
+            example,
+        )
+    zero = Zero(
+        task.model_blocks(),
+        lambda model: build_optimizer(model, settings.optimizer),
+        cluster,
+        settings.gradient,
+        stage=int(settings.parallel.removeprefix("zero")),
+    )
+    if settings.model.compile:
+        zero.model.compile()
+    return zero
