@@ -2,18 +2,23 @@
 
     horovodrun -np 2 python app/benchmark.py throughput      the run as launched, beside the same ranks each for itself
     horovodrun -np 2 python app/benchmark.py comm            all-reduce by size, a fit, a forecast to 4,096 ranks
+    mpirun -np 4 python app/benchmark.py sharding            is each strategy `replicated`? what it holds and sends
+    mpirun -np 2 python app/benchmark.py pipeline            a pipeline's updates/s beside its ideal, bubble included
     python app/benchmark.py peers --ranks 2                  PyTorch DDP, Horovod's example, plain PyTorch, in turn
+    python app/benchmark.py peers --suite sharding           ZeRO 1-3 beside PyTorch's ZeroRedundancyOptimizer and FSDP2
     python app/benchmark.py scaling --ranks 1,2,4            weak and strong; starts the ranks itself
 
-Each prints a table, and writes JSON and a picture to --out. `throughput` and `comm` take every setting of app/train.py
-beside their own (--help shows them); `scaling` hands on what it does not know to the runs that it starts.
+Each prints a table, and writes JSON and a picture to --out. `throughput`, `comm` and `pipeline` take every setting of
+app/train.py beside their own (--help shows them), `sharding` those of the model's size; `scaling` hands on what it does
+not know to the runs that it starts.
 """
 
+import os
 import sys
 
 from app.cluster.failure import SettingsError, run_alone
 
-IN_A_JOB = ("throughput", "comm")
+IN_A_JOB = ("throughput", "comm", "sharding", "pipeline")
 STARTING_JOBS = ("peers", "scaling")
 
 
@@ -21,6 +26,8 @@ def main() -> None:
     kind = sys.argv[1] if len(sys.argv) > 1 else "--help"
     args = sys.argv[2:]
     if kind in IN_A_JOB:
+        if kind == "sharding":
+            os.environ.setdefault("OMPI_MCA_pml_monitoring_enable", "1")  # MPI, once loaded, counts what it sends
         # To import these is to become an MPI process, which could not start others.
         from app.benchmarking import in_a_job
         from app.cluster.program import run_program

@@ -19,6 +19,7 @@ from tempfile import mkdtemp
 import numpy as np
 import torch
 
+from app.benchmarking.throughput import forever
 from app.cluster.comm import Cluster
 from app.cluster.program import run_program
 from app.config import CheckpointSettings, DataSettings, ProofSettings, Settings
@@ -90,12 +91,7 @@ def main(cluster: Cluster) -> None:
 def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
     cluster.on_root(lambda: folder.mkdir())
     trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
-    return Runner(trainer, _forever(trainer), settings.proof.deterministic)
-
-
-def _forever(trainer: Trainer) -> Iterator[Batch]:
-    while True:
-        yield from trainer.loader.rest_of_epoch()
+    return Runner(trainer, forever(trainer), settings.proof.deterministic)
 
 
 def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:

@@ -19,12 +19,15 @@ from app.benchmarking.communication import (
     measure_copy,
     measure_wires,
 )
-from app.benchmarking.report import new_folder, plot_communication, plot_throughput, print_table, save, spread
+from app.benchmarking.report import new_folder, print_table, save, spread
+from app.benchmarking.sharding import STRATEGIES, Found, measure_pipeline, measure_strategy, proof_settings
 from app.benchmarking.throughput import Throughput, measure_throughput
 from app.cluster.comm import Cluster
 from app.cluster.failure import SettingsError
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
+from app.cluster.memory import peak_mib
 from app.config import Settings
+from app.parallel.schedule import bubble
 from app.settings import parse_benchmark
 from app.tasks.classify import Classify
 
@@ -61,7 +64,7 @@ def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
     folder = cluster.on_root(lambda: new_folder(options.out))
     scratch = folder / f"scratch-{inventory['ranks'][0]['pid']}"
     cluster.on_root(lambda: scratch.mkdir())
-    measure = {"throughput": _throughput, "comm": _comm}[kind]
+    measure = {"throughput": _throughput, "comm": _comm, "sharding": _sharding, "pipeline": _pipeline}[kind]
     with contextlib.ExitStack() as stack:
         if cluster.is_root:
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -85,11 +88,14 @@ def _throughput(
     result: dict[str, Any] = {
         "images_per_second": rate,
         "num_ranks": cluster.size,
+        "peak_mib": max(cluster.all_gather_object(peak_mib())),
         "rounds": {"run": found.run, "limit": found.limit, "ideal": found.ideal},
         "milliseconds": found.split,
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
+        from app.benchmarking.figures import plot_throughput
+
         rows = [("the run as launched", spread(found.run, 0), "")]
         if options.limit:
             rows += [
@@ -144,6 +150,8 @@ def _comm(
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
+        from app.benchmarking.figures import plot_communication
+
         rows = [
             (
                 f"{size:,} B",
@@ -179,5 +187,88 @@ def _comm(
         forecast = [(f"{n:,}", f"{efficiency:.3f}") for n, efficiency in result["forecast"].items()]
         print_table("Forecast, if more nodes are joined by such links", ("ranks", "efficiency"), forecast)
         save(folder, "comm", result, plot_communication(cluster.size, all_reduce, copy, fit, num_bytes, alone))
+
+    return result, present
+
+
+def _sharding(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    found = {
+        how: measure_strategy(cluster, proof_settings(settings.model, how), scratch, options.updates)
+        for how in STRATEGIES
+    }
+    result: dict[str, Any] = {
+        "num_ranks": cluster.size,
+        "strategies": {how: _beside(of, found["replicated"]) for how, of in found.items()},
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from app.benchmarking.figures import plot_sharding
+
+        rows = [
+            (
+                how,
+                f"{of['largest_loss_difference']:.1e}",
+                f"{of['largest_weight_difference']:.1e}",
+                f"{of['held_bytes'] / 2**20:.3f} / {of['held_formula'] / 2**20:.3f}",
+                f"{of['sent_bytes'] / 2**20:.3f} / {of['sent_formula'] / 2**20:.3f}",
+                f"{of['updates_per_second']:.1f}",
+            )
+            for how, of in result["strategies"].items()
+        ]
+        columns = ("", "losses", "weights", "held / formula", "sent / formula", "updates/s")
+        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB of the rank with most; speed"
+        print_table(title, columns, rows)
+        save(folder, "sharding", result, plot_sharding(result["strategies"]))
+
+    return result, present
+
+
+def _beside(found: Found, reference: Found) -> dict[str, float]:
+    """What is found of one strategy; differences relative to the largest value, or absolute where that is below 1."""
+    losses = zip(found.losses, reference.losses, strict=True)
+    weights = [
+        float((found.weights[name] - tensor).abs().max() / max(1.0, float(tensor.abs().max())))
+        for name, tensor in reference.weights.items()
+    ]
+    return {
+        "largest_loss_difference": max(abs(mine - other) / max(1.0, abs(other)) for mine, other in losses),
+        "largest_weight_difference": max(weights, default=0.0),
+        "held_bytes": found.held,
+        "held_formula": found.held_formula,
+        "sent_bytes": found.sent,
+        "sent_formula": found.sent_formula,
+        "updates_per_second": 1 / found.seconds,
+    }
+
+
+def _pipeline(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    found = measure_pipeline(cluster, settings, scratch, options.rounds, options.updates)
+    ratios = [run / ideal for run, ideal in zip(found.run, found.ideal, strict=True)]
+    num_stages, num_pieces = len(found.stage_milliseconds), settings.gradient.num_micro_batches
+    result: dict[str, Any] = {
+        "num_stages": num_stages,
+        "num_micro_batches": num_pieces,
+        "schedule": settings.pipeline.schedule,
+        "bubble": bubble(num_stages, num_pieces),
+        "updates_per_second": {"run": found.run, "ideal": found.ideal},
+        "stage_milliseconds": found.stage_milliseconds,
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from app.benchmarking.figures import plot_peers
+
+        stages = ", ".join(f"{one:.2f}" for one in found.stage_milliseconds)
+        title = f"{num_stages} stages x {num_pieces} micro-batches, {settings.pipeline.schedule}; ms a stage: {stages}"
+        rows = [("the pipeline", spread(found.run), ""), ("its ideal", spread(found.ideal), spread(ratios))]
+        print_table(title, ("", "updates/s: median (spread)", "pipeline / this"), rows)
+        print(f"The bubble is {result['bubble']:.3f} of the ideal's time")
+        rates = {"pipeline": found.run, "ideal": found.ideal}
+        save(folder, "pipeline", result, plot_peers(rates, "updates/s"))
 
     return result, present

@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.benchmarking.figures import plot_peers, plot_scaling
 from app.benchmarking.peers import Peer, measure_peers, peers, summarise
-from app.benchmarking.report import new_folder, plot_peers, plot_scaling, print_table, save
+from app.benchmarking.report import new_folder, print_table, save
 from app.cluster.affinity import allowed_cpus, num_cores, read_topology
 from app.cluster.failure import SettingsError
 

@@ -72,7 +72,7 @@ def measure_throughput(
         proof=replace(settings.proof, ledger=True),
     )
     run = _Run(cluster, settings, folder)
-    limit = _Limit(cluster, run.task, settings)
+    limit = _Limit(cluster, run.task, settings) if with_limit else None
     run.updates(WARMUP)
     run_seconds: list[float] = []
     limit_seconds: list[float] = []
@@ -82,14 +82,14 @@ def measure_throughput(
     limit_images: list[int] = []
     for _ in range(num_rounds):
         before = run.trainer.progress.num_images
-        parts, seconds = _timed(cluster, lambda: run.updates(num_updates))
+        parts, seconds = timed(cluster, lambda: run.updates(num_updates))
         run_seconds.append(seconds)
         run_images.append(run.trainer.progress.num_images - before)
         splits.append(_split(cluster.all_gather_object(parts)))
-        if with_limit:
+        if limit:
             with cluster.without_horovod():
                 limit.updates(1 if limit_seconds else WARMUP)
-                each, seconds = _timed(cluster, lambda: limit.updates(num_updates))
+                each, seconds = timed(cluster, lambda: limit.updates(num_updates))
             limit_seconds.append(seconds)
             limit_images.append(num_updates * limit.num_images_per_update)
             ideal_seconds.append(sum(map(max, zip(*cluster.all_gather_object(each), strict=True))))
@@ -108,7 +108,7 @@ class _Run:
         """Collective."""
         self.task = Classify(settings, cluster)
         self.trainer: Trainer = build_trainer(cluster, settings, self.task, RunFolder(folder))
-        self._batches = self._forever()
+        self._batches = forever(self.trainer)
         self._inside: list[float] = []
         self._communication: list[float] = []
         reduce_gradients = self.trainer.strategy.reduce_gradients
@@ -144,9 +144,11 @@ class _Run:
                 parts.append((sampled - started, ended - started, self._inside.pop(), self._communication.pop()))
         return parts
 
-    def _forever(self) -> Iterator[Batch]:
-        while True:
-            yield from self.trainer.loader.rest_of_epoch()
+
+def forever(trainer: Trainer) -> Iterator[Batch]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from trainer.loader.rest_of_epoch()
 
 
 class _Limit:
@@ -181,7 +183,7 @@ class _Limit:
         return seconds
 
 
-def _timed(cluster: Cluster, function: Callable[[], T]) -> tuple[T, float]:
+def timed(cluster: Cluster, function: Callable[[], T]) -> tuple[T, float]:
     """Collective: what `function` returns, and the seconds until all ranks had done it."""
     cluster.barrier()
     started = time.perf_counter()

@@ -1,7 +1,8 @@
 """The parameters of one block in one flat buffer, cut into as many equal parts as there are ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,39 +37,26 @@ def shares_of(shapes: Mapping[str, torch.Size], part_size: int, shard_id: int) -
     return shares
 
 
-class FlatBuffer:
-    """A flat tensor whose memory can be given back and taken again, while views of it stay what they are.
+class Slots:
+    """Memory through which one flat tensor after the other passes, each when its turn has come.
 
-    Autograd keeps views of parameters from the forward to the backward pass: they must find the content again.
-
-    Attributes:
-        whole: (size * n,), padded with zeros.
-        part: this rank's (n,), a view of `whole`.
+    Each kind has two slots, taken in turn, so that what comes next can arrive while its neighbour is in use. Tensors
+    that share a slot are different views of the same bytes. (Memory that is taken and given back at every turn would
+    fall into pieces between the activations.)
     """
 
-    def __init__(self, num_elements: int, dtype: torch.dtype, cluster: Cluster) -> None:
-        padded = -(-num_elements // cluster.size) * cluster.size
-        self.whole = torch.zeros(padded, dtype=dtype, device=cluster.device)
-        self.part = shard_model({"flat": self.whole}, cluster.size)["flat"][cluster.rank]
+    def __init__(self) -> None:
+        self._storages: dict[object, torch.UntypedStorage] = {}
 
-    @property
-    def is_there(self) -> bool:
-        return self.whole.numel() == 0 or self.whole.untyped_storage().nbytes() > 0
-
-    def take(self) -> None:
-        """Have memory again, with any content."""
-        if not self.is_there:
-            self.whole.untyped_storage().resize_(self.whole.nbytes)
-
-    def give_back(self) -> None:
-        """Have no memory."""
-        self.whole.untyped_storage().resize_(0)
-
-    def as_views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the buffer, one after the other, in the shapes of `tensors`."""
-        sizes = [tensor.numel() for tensor in tensors]
-        pieces = self.whole[: sum(sizes)].split(sizes)
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    def tensor(self, kind: str, turn: int, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A view (num_elements,) of the slot of a kind whose turn it is, which grows if need be."""
+        like = torch.empty(0, dtype=dtype, device=device)
+        storage = self._storages.setdefault((kind, turn % 2, dtype), like.untyped_storage())
+        num_bytes = num_elements * like.element_size()
+        if storage.nbytes() < num_bytes:
+            storage.resize_(num_bytes)  # in place: views stay what they are
+        tensor: Tensor = like.set_(storage, 0, (num_elements,))  # type: ignore[call-overload]
+        return tensor
 
 
 class FlatParameters:
@@ -81,48 +69,85 @@ class FlatParameters:
         shares: what `part` holds.
     """
 
-    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], cluster: Cluster, stage: int) -> None:
+    def __init__(
+        self, name: str, parameters: Mapping[str, nn.Parameter], cluster: Cluster, stage: int, slots: Slots, turn: int
+    ) -> None:
         """
         Args:
             name: of the buffer, the same on every rank.
             stage: of ZeRO: from 2 on, gradients are there during a backward pass only; from 3 on, so are parameters.
+            turn: which slot is whose.
         """
         self._name = name
         self._cluster = cluster
-        self._stage = stage
         self._parameters = list(parameters.values())
         first = self._parameters[0]
+        num_elements = sum(parameter.numel() for parameter in self._parameters)
+        padded = -(-num_elements // cluster.size) * cluster.size
         self.is_frozen = not first.requires_grad
-        self.num_elements = sum(parameter.numel() for parameter in self._parameters)
-        self._values = FlatBuffer(self.num_elements, first.dtype, cluster)
-        for parameter, view in zip(self._parameters, self._values.as_views(self._parameters), strict=True):
+        self._kind = "frozen" if self.is_frozen else "learning"
+        self._slot = partial(slots.tensor, turn=turn, dtype=first.dtype, device=first.device)
+        self._own = partial(torch.zeros, padded, dtype=first.dtype, device=first.device)
+        self.comes_and_goes = stage == 3
+        self._is_here = not self.comes_and_goes
+        self._arrives: Callable[[], None] | None = None
+        self._whole = self._slot(self._kind, num_elements=padded) if self.comes_and_goes else self._own()
+        self._whole[num_elements:] = 0
+        for parameter, view in zip(self._parameters, self._views_of(self._whole), strict=True):
             view.copy_(parameter.data)
             parameter.data = view
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self.shares = shares_of(shapes, len(self._values.part), cluster.rank)
-        self.part = self._values.part
-        self._arrives: Callable[[], None] | None = None
-        if stage == 3:
+        self.part = self._part_of(self._whole)
+        if self.comes_and_goes:
             self.part = self.part.clone()
-            self._values.give_back()
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.shares = shares_of(shapes, len(self.part), cluster.rank)
         self.gradient_part: Tensor | None = None
-        self._gradients: FlatBuffer | None = None
         if not self.is_frozen:
-            self._gradients = FlatBuffer(self.num_elements, first.dtype, cluster)
-            for parameter, view in zip(self._parameters, self._gradients.as_views(self._parameters), strict=True):
-                parameter.grad = view
-            self.gradient_part = self._gradients.part
-            if stage >= 2:
-                self.gradient_part = torch.zeros_like(self.part)
-                self._gradients.give_back()
+            self._gradients = self._slot("gradients", num_elements=padded) if stage >= 2 else self._own()
+            self._received = slots.tensor("received", 0, padded, first.dtype, first.device)
+            self.gradient_part = torch.zeros_like(self.part) if stage >= 2 else self._part_of(self._gradients)
+            self._hang_up_gradients()
+
+    def stay_here(self) -> None:
+        """Collective: from now on the whole has memory of its own: for tied weights, which are used out of turn."""
+        if self.comes_and_goes:
+            self.comes_and_goes, self._whole = False, self._own()
+            for parameter, view in zip(self._parameters, self._views_of(self._whole), strict=True):
+                parameter.data = view
+            self.begin_gather()
+            self.finish_gather()
+        if self.gradient_part is not None:
+            self._gradients = self._own()
+            self._hang_up_gradients()
+
+    def _views_of(self, flat: Tensor) -> list[Tensor]:
+        """One after the other, in the shapes of the parameters."""
+        sizes = [parameter.numel() for parameter in self._parameters]
+        pieces = flat[: sum(sizes)].split(sizes)
+        return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self._parameters, strict=True)]
+
+    def _part_of(self, flat: Tensor) -> Tensor:
+        return shard_model({"flat": flat}, self._cluster.size)["flat"][self._cluster.rank]
+
+    def _hang_up_gradients(self) -> None:
+        for parameter, view in zip(self._parameters, self._views_of(self._gradients), strict=True):
+            parameter.grad = view
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
+    def fetch(self) -> None:
+        """Collective: if the whole comes and goes, and is not here, every rank's part is on its way."""
+        if self.comes_and_goes and not self._is_here:
+            self._is_here = True
+            self.begin_gather()
+
     def begin_gather(self) -> None:
-        """Collective: every rank's part is on its way to this one, unless all are here."""
-        if self._arrives is None and (self._stage < 3 or not self._values.is_there):
-            self._values.take()
-            self._arrives = self._cluster.begin_all_gather_(self._values.whole, self.part, f"gather.{self._name}")
+        """Collective: every rank's part is on its way to the others."""
+        part = self.part
+        if part.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():
+            # MPI forbids that what is sent lies in what is received.
+            part = self._slot(f"sent, {self._kind}", num_elements=len(part)).copy_(part)
+        self._arrives = self._cluster.begin_all_gather_(self._whole, part, f"gather.{self._name}")
 
     def finish_gather(self) -> None:
         if self._arrives is not None:
@@ -130,33 +155,34 @@ class FlatParameters:
             self._arrives = None
 
     def free(self) -> None:
-        """Keep this rank's part of the parameters only."""
+        """The slot may be another's now."""
         self.finish_gather()
-        self._values.give_back()
+        self._is_here = not self.comes_and_goes
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
     def begin_gradients(self) -> None:
         """Zeros, for a backward pass to add to."""
-        if self._gradients:
-            self._gradients.take()
-            self._gradients.whole.zero_()
+        if self.gradient_part is not None:
+            self._gradients.zero_()
 
     def begin_reduce(self) -> Callable[[], None]:
         """Collective: the ranks' gradients are on their way; when the returned function has been called, this rank's
         part of their sum has been added to `gradient_part` (below stage 2: has become it).
         """
-        if self._gradients is None or self.gradient_part is None:
+        if self.gradient_part is None:
             return lambda: None
-        gradients, mine = self._gradients, self.gradient_part
-        arrives = self._cluster.begin_reduce_scatter(gradients.whole, f"reduce.{self._name}")
+        mine = self.gradient_part
+        arrives = self._cluster.begin_reduce_scatter(self._gradients, self._received, f"reduce.{self._name}")
+        is_of_whole = mine.untyped_storage().data_ptr() == self._gradients.untyped_storage().data_ptr()
 
         def finish() -> None:
-            if self._stage >= 2:
-                mine.add_(arrives())
-                gradients.give_back()
-            else:
-                mine.copy_(arrives())
+            parts = arrives()
+            if not is_of_whole:
+                for part in parts:
+                    mine.add_(part)
+            elif len(parts) > 1:
+                torch.sum(parts, 0, out=mine)
 
         return finish
 

@@ -1,6 +1,6 @@
 """A model whose blocks are in parts on the ranks: which come, are reduced and go as a pass reaches them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
-from app.parallel.flat import FlatParameters, Share
+from app.parallel.flat import FlatParameters, Share, Slots
 from app.parallel.merge import layout_of, state_tensors
 from app.parallel.strategy import Blocks
 
@@ -17,7 +17,7 @@ class Unit:
     """What is gathered, reduced and freed at once: the parameters that a block is the first to have.
 
     Attributes:
-        borrowed: the units of earlier blocks whose parameters this block uses, too (tied weights).
+        borrowed: the units of earlier blocks whose parameters this block uses, too (tied weights); they stay here.
         is_open: its gradients have begun, and not been sent.
     """
 
@@ -26,23 +26,20 @@ class Unit:
         self.borrowed = borrowed
         self.is_open = False
 
-    def begin_gather(self) -> None:
-        """Collective."""
-        for unit in (self, *self.borrowed):
-            for flat in unit.flats:
-                flat.begin_gather()
+    def fetch(self) -> None:
+        """Collective: parameters are on their way."""
+        for flat in self.flats:
+            flat.fetch()
 
-    def gather(self) -> None:
-        """Collective."""
-        self.begin_gather()
-        for unit in (self, *self.borrowed):
-            for flat in unit.flats:
-                flat.finish_gather()
+    def have(self) -> None:
+        """Collective: parameters are here."""
+        self.fetch()
+        for flat in self.flats:
+            flat.finish_gather()
 
     def free(self) -> None:
-        for unit in (self, *self.borrowed):
-            for flat in unit.flats:
-                flat.free()
+        for flat in self.flats:
+            flat.free()
 
     def open(self) -> None:
         """Gradients begin, of a tied weight with the last block that uses it: backward, that is the first."""
@@ -72,6 +69,7 @@ class PartedModel:
             stage: of ZeRO.
         """
         self._stage = stage
+        self._slots = Slots()
         self._units: list[Unit] = []
         self._unit_of: dict[Tensor, Unit] = {}
         self._sent: list[Callable[[], None]] = []
@@ -104,11 +102,14 @@ class PartedModel:
                 self.names[parameter] = full_name
                 mine.setdefault((parameter.dtype, parameter.requires_grad), {})[full_name] = parameter
         flats = [
-            FlatParameters(f"{name}.{index}", parameters, cluster, self._stage)
+            FlatParameters(f"{name}.{index}", parameters, cluster, self._stage, self._slots, turn=len(self._units))
             for index, parameters in enumerate(mine.values())
         ]
         self.flats += flats
         if flats or borrowed:
+            for owner in borrowed.values():
+                for flat in owner.flats:
+                    flat.stay_here()
             unit = Unit(flats, list(borrowed.values()))
             self._units.append(unit)
             self._unit_of |= {parameter: unit for parameters in mine.values() for parameter in parameters.values()}
@@ -116,13 +117,16 @@ class PartedModel:
                 block.register_forward_pre_hook(partial(self._before_forward, len(self._units) - 1))
                 block.register_forward_hook(partial(self._after_forward, len(self._units) - 1))
 
-    def gather(self, flats: Sequence[FlatParameters]) -> None:
-        """Collective: parameters become those of all ranks' parts; the next are on their way while the last arrive."""
-        for flat, following in zip(flats, [*flats[1:], None], strict=True):
-            flat.begin_gather()
-            if following:
-                following.begin_gather()
-            flat.finish_gather()
+    def publish(self, with_frozen: bool = False) -> None:
+        """Collective: parameters that are here for good become those of all ranks' parts, the next on their way while
+        the last arrive.
+        """
+        flats = [flat for flat in self.flats if not flat.comes_and_goes and (with_frozen or not flat.is_frozen)]
+        for before, flat in zip([None, *flats], [*flats, None], strict=True):
+            if flat:
+                flat.begin_gather()
+            if before:
+                before.finish_gather()
 
     def begin_gradients(self) -> None:
         """Zeros, for backward passes to add to."""
@@ -143,6 +147,7 @@ class PartedModel:
                 self._end_backward(index)
             if self._stage == 3:
                 self._units[index].free()
+        self._receive()  # the next pass may begin with a block that passes through the same slot
 
     def reduce_gradients(self) -> None:
         """Collective: what is left to do until `gradient_part` of all flats are those of all ranks."""
@@ -167,9 +172,9 @@ class PartedModel:
 
     def _before_forward(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._stage == 3:
-            self._units[index].gather()
+            self._units[index].have()
             if index + 1 < len(self._units):
-                self._units[index + 1].begin_gather()
+                self._units[index + 1].fetch()
         if torch.is_grad_enabled() and inputs[0].requires_grad:
             inputs[0].register_hook(partial(self._between, index))
 
@@ -187,9 +192,9 @@ class PartedModel:
 
     def _begin_backward(self, index: int) -> None:
         if self._stage == 3:
-            self._units[index].gather()
+            self._units[index].have()
             if index > 0:
-                self._units[index - 1].begin_gather()
+                self._units[index - 1].fetch()
         self._units[index].open()
 
     def _end_backward(self, index: int) -> None:

@@ -6,6 +6,8 @@ stages nor the schedule changes what is learned. Batch norm normalises by micro-
 """
 
 import math
+import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,7 +25,7 @@ from app.parallel.layout import Layout
 from app.parallel.merge import layout_of, state_tensors
 from app.parallel.parts import Piece, SavedState, State, load_model, model_state
 from app.parallel.schedule import Action, schedule_of
-from app.parallel.stages import BlockCost, check_cuts, cut_blocks, measure_blocks
+from app.parallel.stages import BlockCost, check_cuts, cut_blocks, measure_blocks, wait_for_device
 from app.parallel.strategy import Blocks, BuildOptimizer, Objective, Strategy
 from app.training.seeding import seed_update, update_seed
 
@@ -160,6 +162,30 @@ class Pipeline(Strategy):
         self._finish_sending()
         return None
 
+    def time_alone(self, pieces: Sequence[Batch], objective: Objective, num_rounds: int) -> tuple[float, float]:
+        """Seconds, the median, of one of `pieces` forward and backward through this stage, with no message sent, and of
+        a step of the optimizer. For a benchmark: the gradients are no one's.
+        """
+        passes, steps = [], []
+        for piece in [piece for _ in range(num_rounds) for piece in pieces]:
+            inputs = piece.inputs
+            if self._layout.stage > 0:
+                inputs = self._border(len(piece.targets), self._first - 1).normal_().requires_grad_()
+            started = time.perf_counter()
+            outputs = self._through_blocks(objective, inputs, seed=0)
+            if self._is_last:
+                outputs = objective.loss_sum(outputs, piece)[0]
+            outputs.backward(torch.ones_like(outputs))
+            wait_for_device(outputs)
+            passes.append(time.perf_counter() - started)
+        for _ in range(num_rounds):
+            self.gradients.begin()
+            started = time.perf_counter()
+            self._step()
+            wait_for_device(self.gradients.flat)
+            steps.append(time.perf_counter() - started)
+        return statistics.median(passes), statistics.median(steps)
+
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _waits_for(self, action: Action) -> bool:
@@ -175,10 +201,13 @@ class Pipeline(Strategy):
 
     def _receive(self, num_samples: int, stage: int, tag: int) -> Message:
         """What lies on the border to a neighbouring `stage`: the outputs of the block before it, or their gradients."""
-        before = self.firsts[max(stage, self._layout.stage)] - 1
-        cost = self.costs[before]
-        tensor = torch.empty((num_samples, *cost.output_shape), dtype=cost.output_dtype, device=self._cluster.device)
+        tensor = self._border(num_samples, self.firsts[max(stage, self._layout.stage)] - 1)
         return self._cluster.begin_receive(tensor, self._layout.rank_of(stage), tag)
+
+    def _border(self, num_samples: int, block: int) -> Tensor:
+        """A tensor like the outputs of a block."""
+        cost = self.costs[block]
+        return torch.empty((num_samples, *cost.output_shape), dtype=cost.output_dtype, device=self._cluster.device)
 
     def _send(self, tensor: Tensor, stage: int, tag: int) -> None:
         self._sent = [message for message in self._sent if not message.is_done]

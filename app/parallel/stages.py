@@ -41,12 +41,12 @@ def measure_blocks(
         seconds = []
         for _ in range(NUM_TIMINGS):
             taken = inputs.detach().requires_grad_(bool(costs))
-            _synchronise(inputs)
+            wait_for_device(inputs)
             started = time.perf_counter()
             outputs = outputs_of(block, taken)
             if outputs.requires_grad:
                 outputs.backward(torch.ones_like(outputs))
-            _synchronise(inputs)
+            wait_for_device(inputs)
             seconds.append(time.perf_counter() - started)
         learns = any(parameter.requires_grad for parameter in block.parameters())
         costs.append(BlockCost(name, min(seconds), tuple(outputs.shape[1:]), outputs.dtype, learns))
@@ -101,6 +101,7 @@ def check_cuts(cuts: Sequence[str], costs: Sequence[BlockCost], num_stages: int)
     return firsts
 
 
-def _synchronise(tensor: Tensor) -> None:
+def wait_for_device(tensor: Tensor) -> None:
+    """Until what computes `tensor` has, so that a clock can be read."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize()

@@ -106,8 +106,7 @@ class Zero(Strategy):
 
     def _step(self) -> None:
         super()._step()
-        if self._stage < 3:
-            self._parted.gather([flat for flat in self._parted.flats if not flat.is_frozen])
+        self._parted.publish()
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
         with torch.no_grad():
@@ -132,8 +131,7 @@ class Zero(Strategy):
             load_piece(share.of(flat.part), share.piece, saved)
         for name, buffer in self._saved_buffers().items():
             load_piece(buffer, Piece.whole(name, buffer), saved)
-        if self._stage < 3:
-            self._parted.gather(self._parted.flats)
+        self._parted.publish(with_frozen=True)
 
     def _replicated(self) -> dict[str, Tensor]:
         buffers = {f"model/{name}": buffer for name, buffer in self._saved_buffers().items()}

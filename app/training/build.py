@@ -1,6 +1,7 @@
 """Puts together what the settings ask for."""
 
 from app.cluster.comm import Cluster
+from app.cluster.memory import give_freed_memory_back
 from app.config import Settings
 from app.parallel.layout import Layout
 from app.parallel.pipeline import Pipeline
@@ -24,6 +25,7 @@ def build_trainer(
     """
     layout = Layout.of(settings, cluster.rank, cluster.size)
     strategy = build_strategy(cluster, settings, task, layout)
+    give_freed_memory_back()
     return Trainer(cluster, settings, task, strategy, layout, folder, resume)
 
 

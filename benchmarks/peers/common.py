@@ -6,6 +6,7 @@ The peers are what Lockstep's speed is compared with: the same training, written
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from app.cluster.affinity import allowed_cpus, read_topology, share_cores
 from app.cluster.affinity import pin as pin_to
 from app.data.digits import load_digits
 
-BATCH_SIZE_PER_RANK = 32
+BATCH_SIZE_PER_RANK = 8
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -104,6 +105,7 @@ def measure(
             "images_per_second": num_ranks * BATCH_SIZE_PER_RANK * arguments.updates / seconds,
             "ms_per_update": seconds / arguments.updates * 1e3,
             "num_ranks": num_ranks,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "first_loss": means[0],
             "lowest_loss": min(means),
             "last_loss": means[-1],
