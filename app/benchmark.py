@@ -17,6 +17,7 @@ import os
 import sys
 
 from app.cluster.failure import SettingsError, run_alone
+from app.cluster.monitoring import OVER_LOOPBACK
 
 IN_A_JOB = ("throughput", "comm", "sharding", "pipeline")
 STARTING_JOBS = ("peers", "scaling")
@@ -27,7 +28,7 @@ def main() -> None:
     args = sys.argv[2:]
     if kind in IN_A_JOB:
         if kind == "sharding":
-            os.environ.setdefault("OMPI_MCA_pml_monitoring_enable", "1")  # MPI, once loaded, counts what it sends
+            os.environ.update(OVER_LOOPBACK)  # so that the kernel counts what is sent
         # To import these is to become an MPI process, which could not start others.
         from app.benchmarking import in_a_job
         from app.cluster.program import run_program

@@ -77,13 +77,14 @@ def plot_scaling(efficiency: Mapping[str, Mapping[int, float]]) -> Figure:
     return figure
 
 
-def plot_sharding(strategies: Mapping[str, Mapping[str, float]]) -> Figure:
+def plot_sharding(strategies: Mapping[str, Mapping[str, float | None]]) -> Figure:
     """What a rank holds, and what it sends in an update, by strategy; a line where the formula puts it."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, what in zip(axes, ("held", "sent"), strict=True):
         for index, of in enumerate(strategies.values()):
-            axis.bar(index, of[f"{what}_bytes"] / 2**20, color="tab:blue", width=0.6)
-            axis.hlines(of[f"{what}_formula"] / 2**20, index - 0.4, index + 0.4, color="tab:red")
+            axis.bar(index, (of[f"{what}_bytes"] or 0) / 2**20, color="tab:blue", width=0.6)
+            if (formula := of[f"{what}_formula"]) is not None:
+                axis.hlines(formula / 2**20, index - 0.4, index + 0.4, color="tab:red")
         axis.set_xticks(range(len(strategies)), list(strategies))
         axis.set(ylabel=f"MiB {what} by a rank", title="red: by the formula")
     return figure

@@ -213,20 +213,20 @@ def _sharding(
                 f"{of['largest_loss_difference']:.1e}",
                 f"{of['largest_weight_difference']:.1e}",
                 f"{of['held_bytes'] / 2**20:.3f} / {of['held_formula'] / 2**20:.3f}",
-                f"{of['sent_bytes'] / 2**20:.3f} / {of['sent_formula'] / 2**20:.3f}",
-                f"{of['updates_per_second']:.1f}",
+                f"{of['sent_bytes'] / 2**20:.3f}"
+                + (f" / {of['sent_formula'] / 2**20:.3f}" if of["sent_formula"] is not None else ""),
             )
             for how, of in result["strategies"].items()
         ]
-        columns = ("", "losses", "weights", "held / formula", "sent / formula", "updates/s")
-        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB of the rank with most; speed"
+        columns = ("", "losses", "weights", "held / formula", "sent / formula")
+        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB a rank"
         print_table(title, columns, rows)
         save(folder, "sharding", result, plot_sharding(result["strategies"]))
 
     return result, present
 
 
-def _beside(found: Found, reference: Found) -> dict[str, float]:
+def _beside(found: Found, reference: Found) -> dict[str, float | None]:
     """What is found of one strategy; differences relative to the largest value, or absolute where that is below 1."""
     losses = zip(found.losses, reference.losses, strict=True)
     weights = [
@@ -240,7 +240,6 @@ def _beside(found: Found, reference: Found) -> dict[str, float]:
         "held_formula": found.held_formula,
         "sent_bytes": found.sent,
         "sent_formula": found.sent_formula,
-        "updates_per_second": 1 / found.seconds,
     }
 
 

@@ -14,12 +14,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import psutil
+
+from app.benchmarking.arms import ALONE, ALONE_PINNED, BF16, HOW, LOCKSTEP, ONE_RANK, ZERO, Peer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 120
@@ -27,33 +29,9 @@ GRACE_SECONDS = 3  # between asking a peer to end and killing it
 TAIL = 15  # lines of a failed peer's output that are shown
 FAMILY = "PEER_FAMILY"  # in the environment of everything that a peer starts, so that nothing of it stays behind
 
-LOCKSTEP, BF16, ONE_RANK = "Lockstep", "Lockstep, bf16", "Lockstep, one rank"
-ALONE, ALONE_PINNED = "plain PyTorch, one process", "plain PyTorch, one process, pinned"
-THROUGHPUT = "python app/benchmark.py throughput --json true --rounds 1 --limit false --data.batch_size_per_rank 32"
-LOCKSTEP_COMMANDS = {
-    LOCKSTEP: f"{{launcher}} {THROUGHPUT}",
-    BF16: f"{{launcher}} {THROUGHPUT} --precision bf16",
-    ONE_RANK: THROUGHPUT,
-}
-
 
 class PeerError(Exception):
     """Why a peer has no result."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A command to be timed.
-
-    Attributes:
-        environment: what it has other than this process; None: unset.
-        num_copies: processes to start at once, whose rates are added; each is told its LOCAL_RANK.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str | None] = field(default_factory=dict)
-    num_copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,53 +57,16 @@ class Row:
     ratio: Ratio | None
 
 
-def peers(
-    num_ranks: int, num_cores: int, environment: Mapping[str, str], launcher: str = "horovodrun -np {ranks}"
-) -> list[Peer]:
-    """Lockstep and its peers, all on the CPU.
-
-    Args:
-        num_cores: cores of this machine that we may use.
-        environment: of this process; its LOCKSTEP_DEFAULTS names what env/activate has set.
-        launcher: starts `ranks` processes of Lockstep or Horovod.
-    """
-    launcher = launcher.format(ranks=num_ranks)
-    cpu: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
-    written = cpu | dict.fromkeys(_lockstep_only(environment, oversubscribed=num_ranks > num_cores))
-    pinned = written | {"OMPI_MCA_mpi_yield_when_idle": "1"}
-    first = pinned | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}  # alone, on the cores of rank 0
-    ddp = f"torchrun --standalone --nproc-per-node {num_ranks} benchmarks/peers/ddp.py"
-    horovod = f"{launcher} python benchmarks/peers/horovod_example.py"
-    plain = "python benchmarks/peers/plain.py"
-    one_thread = cpu | {"OMP_NUM_THREADS": "1"}  # as the peers; a rank of Lockstep alone would take all cores
-    arms = [
-        *(_peer(name, command.format(launcher=launcher), one_thread) for name, command in LOCKSTEP_COMMANDS.items()),
-        _peer("PyTorch DDP (gloo)", ddp, written),
-        _peer("PyTorch DDP (gloo), pinned", f"{ddp} --pin", pinned),
-        _peer("Horovod example", horovod, written),
-        _peer("Horovod example, pinned", f"{horovod} --pin", pinned),
-        _peer(ALONE, plain, written),
-        _peer(ALONE_PINNED, f"{plain} --pin", first),
-    ]
-    never_talk = f"plain PyTorch, {num_ranks} pinned processes that never talk"
-    return [*arms, _peer(never_talk, f"{plain} --pin", pinned, num_ranks)]
-
-
-def _peer(name: str, command: str, environment: Mapping[str, str | None], num_copies: int = 1) -> Peer:
-    return Peer(name, tuple(shlex.split(command)), environment, num_copies)
-
-
-def _lockstep_only(environment: Mapping[str, str], oversubscribed: bool) -> list[str]:
-    """The variables that env/activate has set and without which the peers start all the same."""
-    names = environment.get("LOCKSTEP_DEFAULTS", "").split()
-    needed = ("ALLOW_RUN_AS_ROOT", "rmaps") if oversubscribed else ("ALLOW_RUN_AS_ROOT",)
-    return [name for name in names if not any(part in name for part in needed)]
-
-
 def measure_peers(
-    peers: Sequence[Peer], num_rounds: int, say: Callable[[str], None], timeout_seconds: float = TIMEOUT_SECONDS
+    peers: Sequence[Peer],
+    num_rounds: int,
+    say: Callable[[str], None],
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    peaks: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Images per second of each peer, one for each round; fewer, or none, for a peer that fails and so drops out.
+
+    `peaks` is given the most MiB that a process of each peer has had, of those that tell.
 
     The peers take turns, in an order that rotates from round to round, so that a machine which is slower for a while
     is so for all of them.
@@ -138,18 +79,20 @@ def measure_peers(
             if peer.name in dropped:
                 continue
             try:
-                rate = _run(peer, timeout_seconds)
+                rate, peak = _run(peer, timeout_seconds)
             except PeerError as error:
                 dropped.add(peer.name)
                 say(f"{peer.name} drops out: {error}")
             else:
                 rates[peer.name].append(rate)
+                if peaks is not None and peak:
+                    peaks[peer.name] = max(peak, peaks.get(peer.name, 0.0))
                 say(f"round {number + 1} of {num_rounds}: {peer.name}: {rate:.0f} images/s")
     return rates
 
 
-def _run(peer: Peer, timeout_seconds: float) -> float:
-    """Images per second of all copies of `peer` together; nothing of them is left behind.
+def _run(peer: Peer, timeout_seconds: float) -> tuple[float, float]:
+    """Images per second of all copies of `peer` together, and the MiB of the largest; nothing of them is left behind.
 
     Raises:
         PeerError: it could not be started, failed, gave no result or did not end in time.
@@ -165,7 +108,8 @@ def _run(peer: Peer, timeout_seconds: float) -> float:
             for process in processes:
                 if process.wait(max(0.0, deadline - time.monotonic())) != 0:
                     raise PeerError(f"it ended with {_ending(process.returncode)}")
-            return sum(_images_per_second(output) for output in outputs)
+            results = [_result(output) for output in outputs]
+            return sum(rate for rate, _ in results), max(peak for _, peak in results)
         except subprocess.TimeoutExpired:
             raise PeerError(_told(f"it did not end in {timeout_seconds:g} s", peer, outputs)) from None
         except PeerError as error:
@@ -193,18 +137,19 @@ def _start(peer: Peer, copy: int, token: str, output: Path) -> subprocess.Popen[
         )
 
 
-def _images_per_second(output: Path) -> float:
-    """The result in a peer's output. Launchers put a tag in front of each line."""
+def _result(output: Path) -> tuple[float, float]:
+    """Images per second, and the peak in MiB if it is told, in a peer's output. Launchers tag each line."""
     lines = [line for line in output.read_text(errors="replace").splitlines() if '"images_per_second"' in line]
     if len(lines) != 1:  # several: its ranks have not found each other
         raise PeerError(f"it printed {len(lines)} results where one is expected")
     try:
-        rate = float(json.loads(lines[0][lines[0].index("{") : lines[0].rindex("}") + 1])["images_per_second"])
+        result = json.loads(lines[0][lines[0].index("{") : lines[0].rindex("}") + 1])
+        rate, peak = float(result["images_per_second"]), float(result.get("peak_mib", 0.0))
     except (ValueError, TypeError, KeyError) as error:
         raise PeerError(f"its result cannot be read ({error!r})") from None
     if not (math.isfinite(rate) and rate > 0):
         raise PeerError(f"its result is {rate} images/s")
-    return rate
+    return rate, peak
 
 
 def _ending(returncode: int) -> str:
@@ -262,6 +207,11 @@ def _ratio(name: str, rates: Mapping[str, Sequence[float]]) -> Ratio | None:
         BF16: (BF16, LOCKSTEP),
         ALONE: (ONE_RANK, name),
         ALONE_PINNED: (ONE_RANK, name),
+        **{
+            f"{peer}{how}": (f"Lockstep {parallel}", f"{peer}{how}")
+            for peer, (parallel, _) in ZERO.items()
+            for how in HOW
+        },
     }.get(name, (LOCKSTEP, name))
     ratios = [one / other for one, other in zip(rates.get(of, ()), rates.get(to, ()), strict=False)]
     if not ratios or name in (LOCKSTEP, ONE_RANK):

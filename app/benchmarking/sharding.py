@@ -1,10 +1,9 @@
 """Every strategy beside `replicated`: whether it learns the same, and what a rank holds and sends beside the formula.
 
-`held` is found by walking over all that a strategy holds; `sent` is counted by MPI, where it counts (Open MPI).
+`held` is found by walking over all that a strategy holds; `sent` is counted by the kernel, on one node with Open MPI.
 """
 
 import gc
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -59,9 +58,9 @@ class Found:
     Attributes:
         losses: of each update.
         weights: after the last, of the whole model; on rank 0.
-        held, sent: bytes of the rank that holds, or sends in an update, most; `sent` 0 where MPI does not count.
-        held_formula, sent_formula: what they should be.
-        seconds: of an update.
+        held: bytes of the rank that holds most.
+        sent: bytes of an update, the mean over ranks; 0 where they are not counted.
+        held_formula, sent_formula: what they should be; None where there is no formula.
     """
 
     losses: list[float]
@@ -69,8 +68,7 @@ class Found:
     held: int
     held_formula: float
     sent: float
-    sent_formula: float
-    seconds: float
+    sent_formula: float | None
 
 
 def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_updates: int) -> Found:
@@ -87,7 +85,7 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
         tallies.extend(strategy.update(next(batches), trainer.task, 0) for _ in range(num_updates))
         return count() - before
 
-    sent, seconds = timed(cluster, updates)
+    sent, _ = timed(cluster, updates)
     held = max(cluster.all_gather_object(held_bytes(strategy)))
     losses = [cluster.sum_(tally, name="tally").tolist() for tally in tallies]
     weights: dict[str, Tensor] = {}
@@ -98,13 +96,12 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
         weights,
         held,
         held_formula,
-        max(cluster.all_gather_object(sent)) / num_updates,
+        max(cluster.all_gather_object(sent)) / cluster.size / num_updates,
         sent_formula,
-        seconds / num_updates,
     )
 
 
-def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[float, float]:
+def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[float, float | None]:
     """Collective: bytes that the rank with most holds between updates, and sends in one, with Adam.
 
     With P bytes of parameters on N ranks, of which the largest block has L: see the head of app/parallel/zero.py. The
@@ -127,7 +124,7 @@ def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[
     if how == "zero3":
         return whole * (2 + NUM_STATES) / n + largest * 5, 3 * num_pieces * part * whole
     of_stage = sum(parameter.nbytes for parameter in strategy.model.parameters())
-    return max(cluster.all_gather_object(of_stage)) * (2 + NUM_STATES), math.nan
+    return max(cluster.all_gather_object(of_stage)) * (2 + NUM_STATES), None
 
 
 def held_bytes(root: object) -> int:

@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.benchmarking.arms import Peer, peers, sharding_peers
 from app.benchmarking.figures import plot_peers, plot_scaling
-from app.benchmarking.peers import Peer, measure_peers, peers, summarise
+from app.benchmarking.peers import measure_peers, summarise
 from app.benchmarking.report import new_folder, print_table, save
 from app.cluster.affinity import allowed_cpus, num_cores, read_topology
 from app.cluster.failure import SettingsError
@@ -26,10 +27,13 @@ def main(kind: str, args: Sequence[str]) -> None:
 def _peers(args: Sequence[str]) -> None:
     parser = _parser("peers", launcher="horovodrun -np {ranks}")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--suite", choices=["replicated", "sharding"], default="replicated", help="what is compared")
     options = parser.parse_args(args)
     folder = new_folder(options.out)  # before the work of which it is to hold the result
-    arms = peers(options.ranks, _num_cores_here(), os.environ, options.launcher)
-    rates = measure_peers(arms, options.rounds, say=lambda line: print(line, flush=True))
+    build = sharding_peers if options.suite == "sharding" else peers
+    arms = build(options.ranks, _num_cores_here(), os.environ, options.launcher)
+    peaks: dict[str, float] = {}
+    rates = measure_peers(arms, options.rounds, say=lambda line: print(line, flush=True), peaks=peaks)
     rows = summarise(rates)
     if not rows:
         raise SettingsError("no peer could be measured: see above")
@@ -37,14 +41,19 @@ def _peers(args: Sequence[str]) -> None:
         (
             row.name,
             f"{row.median:.0f} ({row.lowest:.0f} ... {row.highest:.0f})",
+            f"{peaks[row.name]:.0f}" if row.name in peaks else "",
             f"{row.ratio.of} is {row.ratio.median:.2f} ({row.ratio.lowest:.2f} ... {row.ratio.highest:.2f}) times this"
             if row.ratio
             else "",
         )
         for row in rows
     ]
-    print_table(f"{options.ranks} ranks, {options.rounds} rounds", ("", "images/s: median (spread)", "in turn"), table)
-    result = {"num_ranks": options.ranks, "rounds": rates}
+    print_table(
+        f"{options.ranks} ranks, {options.rounds} rounds",
+        ("", "images/s: median (spread)", "peak MiB", "in turn"),
+        table,
+    )
+    result = {"num_ranks": options.ranks, "rounds": rates, "peak_mib": peaks}
     save(folder, "peers", result, plot_peers(rates))
 
 

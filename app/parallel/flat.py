@@ -141,12 +141,12 @@ class FlatParameters:
             self._is_here = True
             self.begin_gather()
 
-    def begin_gather(self) -> None:
-        """Collective: every rank's part is on its way to the others."""
+    def begin_gather(self, turn: int = 0) -> None:
+        """Collective: every rank's part is on its way to the others; `turn` differs from what is on its way already."""
         part = self.part
         if part.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():
             # MPI forbids that what is sent lies in what is received.
-            part = self._slot(f"sent, {self._kind}", num_elements=len(part)).copy_(part)
+            part = self._slot("sent", turn=turn, num_elements=len(part)).copy_(part)
         self._arrives = self._cluster.begin_all_gather_(self._whole, part, f"gather.{self._name}")
 
     def finish_gather(self) -> None:

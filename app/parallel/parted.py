@@ -122,9 +122,9 @@ class PartedModel:
         the last arrive.
         """
         flats = [flat for flat in self.flats if not flat.comes_and_goes and (with_frozen or not flat.is_frozen)]
-        for before, flat in zip([None, *flats], [*flats, None], strict=True):
+        for turn, (before, flat) in enumerate(zip([None, *flats], [*flats, None], strict=True)):
             if flat:
-                flat.begin_gather()
+                flat.begin_gather(turn)
             if before:
                 before.finish_gather()
 

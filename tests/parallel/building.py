@@ -1,5 +1,6 @@
 """Builds a run as app/train.py does, for tests that stop it, look into it or compare it; and small things to train."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -55,3 +56,24 @@ def merged_model(cluster: Cluster, strategy: Strategy) -> dict[str, Tensor] | No
 def whole_values(strategy: Strategy) -> dict[str, Tensor]:
     """What this rank holds, by name."""
     return {name: part.values for name, part in strategy.state().items()}
+
+
+def tied_blocks() -> Iterator[tuple[str, nn.Module]]:
+    """Two blocks with one weight."""
+    torch.manual_seed(1)
+    first, second = nn.Linear(18, 18).double(), nn.Linear(18, 18).double()
+    second.weight = first.weight
+    yield "first", nn.Sequential(nn.Flatten(), first)
+    yield "act", nn.Tanh()
+    yield "middle", nn.Linear(18, 18).double()
+    yield "second", second
+    yield "last", nn.Linear(18, 3).double()
+
+
+def assert_close(found: dict[str, Tensor] | None, expected: dict[str, Tensor] | None) -> None:
+    """Two merged models, on every rank."""
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert list(found) == list(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-10, msg=name)

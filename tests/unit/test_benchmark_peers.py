@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.benchmarking.peers import Peer, Ratio, measure_peers, peers, summarise
+from app.benchmarking.arms import Peer, peers
+from app.benchmarking.peers import Ratio, measure_peers, summarise
 
 DEFAULTS = {
     "LOCKSTEP_DEFAULTS": " OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM OMPI_MCA_rmaps_base_oversubscribe"
