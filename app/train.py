@@ -13,6 +13,7 @@ import contextlib
 
 from app.cluster.comm import Cluster
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
+from app.cluster.memory import peak_mib
 from app.cluster.program import run_program
 from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
@@ -38,7 +39,8 @@ def main(cluster: Cluster) -> None:
         cluster.on_root(lambda: folder.begin(settings, inventory))
         evaluation = trainer.train()
         merged = merge_into(folder, cluster, trainer)
-        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, cluster.size))
+        peaks = cluster.all_gather_object(round(peak_mib()))
+        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, peaks))
 
 
 def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:
@@ -58,7 +60,7 @@ def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorF
 
 
 def _finish(
-    folder: RunFolder, merged: TensorFileWriter | None, evaluation: Evaluation, trainer: Trainer, num_ranks: int
+    folder: RunFolder, merged: TensorFileWriter | None, evaluation: Evaluation, trainer: Trainer, peaks: list[int]
 ) -> None:
     """Write the summary, tell the result, and draw the curves.
 
@@ -77,7 +79,8 @@ def _finish(
             "num_held_out_samples": evaluation.num_samples,
             "num_parameters": merged.num_elements,
             "model_digest": merged.digest,
-            "num_ranks": num_ranks,
+            "num_ranks": len(peaks),
+            "peak_mib_of_ranks": peaks,
             "num_updates": progress.step,
             "num_skipped": progress.num_skipped,
             "training_seconds": round(progress.seconds, 3),

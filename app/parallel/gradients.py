@@ -79,7 +79,7 @@ class Gradients:
 
     def squared_norm(self) -> float:
         """Of all gradients together."""
-        return float(torch.linalg.vector_norm(self.flat[:-1], dtype=torch.float64)) ** 2
+        return float(torch.linalg.vector_norm(self.flat[:-1])) ** 2
 
     def not_finite(self, model: nn.Module) -> list[str]:
         """Which of the loss and `model`'s gradients is infinite or not a number, by name."""

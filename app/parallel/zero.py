@@ -91,7 +91,7 @@ class Zero(Strategy):
         self._parted.reduce_gradients()
 
     def _squared_norm(self) -> float:
-        squares = [torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in self._reduced_gradients()]
+        squares = [torch.linalg.vector_norm(part).double() ** 2 for part in self._reduced_gradients()]
         sums = torch.stack([self._loss, torch.stack(squares).sum()])
         loss, squared_norm = self._cluster.sum_(sums, name="norm").tolist()
         return squared_norm if math.isfinite(loss) else math.nan

@@ -57,14 +57,14 @@ def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path
     train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
     assert launch(f"{train} {quick} --num_epochs 2", cwd=tmp_path).returncode == 0
     model = _sha256(tmp_path / "run" / "model.safetensors")
-    last = list_checkpoints(tmp_path / "run")[-1] / "tensors-00000.safetensors"
+    last = list_checkpoints(tmp_path / "run")[-1] / "rank00000-00000.safetensors"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
     verified = launch(verify, cwd=tmp_path)
     assert verified.returncode == 5
-    assert "tensors-00000.safetensors was altered" in verified.stdout
+    assert "rank00000-00000.safetensors was altered" in verified.stdout
     resumed = launch(f"{train} --resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.output
     assert "skipped: " in resumed.stdout
