@@ -20,23 +20,21 @@ from app.cluster.failure import SettingsError
 from app.cluster.mpi import Message
 from app.config import Settings
 from app.data.loader import Batch
-from app.parallel.gradients import Gradients
 from app.parallel.layout import Layout
 from app.parallel.merge import layout_of, state_tensors
-from app.parallel.parts import Piece, SavedState, State, load_model, model_state
 from app.parallel.schedule import Action, schedule_of
 from app.parallel.stages import BlockCost, check_cuts, cut_blocks, measure_blocks, wait_for_device
-from app.parallel.strategy import Blocks, BuildOptimizer, Objective, Strategy
+from app.parallel.strategy import Blocks, BuildOptimizer, Objective
+from app.parallel.whole import WholeParameters
 from app.training.seeding import seed_update, update_seed
 
 ACTIVATIONS, GRADIENTS = 2, 3  # tags
 
 
-class Pipeline(Strategy):
+class Pipeline(WholeParameters):
     """One stage of one replica.
 
     Attributes:
-        gradients: of this stage, after an update over all replicas.
         costs: of every block of the model, as measured on rank 0.
         firsts: the index of each stage's first block.
     """
@@ -63,7 +61,6 @@ class Pipeline(Strategy):
         """
         self._layout = layout
         self._schedule = settings.pipeline.schedule
-        self._num_micro_batches = settings.gradient.num_micro_batches
         self.costs = cluster.on_root(lambda: measure_blocks(make_blocks(), objective.outputs, example))
         self.firsts = cluster.on_root(lambda: _cut(self.costs, settings, layout.num_stages))
         self._first, stop = [*self.firsts, len(self.costs)][layout.stage : layout.stage + 2]
@@ -77,11 +74,7 @@ class Pipeline(Strategy):
             if self._first <= index < stop:
                 stage.add_module(name, block)
         replicas = cluster.split(layout.same_stage())
-        pieces: dict[Tensor, Piece] = {}
-        for name, parameter in stage.named_parameters():
-            pieces[parameter] = Piece.whole(name, parameter)
-        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), pieces, like, replicas)
-        self.gradients = Gradients(stage, replicas, settings.gradient)
+        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), like, replicas)
         self._posted: deque[Message] = deque()
         self._sent: list[Message] = []
 
@@ -133,9 +126,6 @@ class Pipeline(Strategy):
             inputs = objective.outputs(block, inputs)
         return inputs
 
-    def reduce_gradients(self) -> None:
-        self.gradients.finish()
-
     def _squared_norm(self) -> float:
         loss = self.gradients.flat[-1].double()
         squared_norm = torch.tensor(self.gradients.squared_norm(), dtype=torch.float64, device=loss.device)
@@ -143,13 +133,6 @@ class Pipeline(Strategy):
         sums = torch.stack([loss, squared_norm]) / self._layout.num_replicas
         loss, squared_norm = self._cluster.sum_(sums, name="norm")
         return float(squared_norm) if loss.isfinite() else math.nan
-
-    def _reduced_gradients(self) -> Sequence[Tensor]:
-        return [self.gradients.flat]
-
-    def _not_finite(self, batch: Batch, objective: Objective, seed: int) -> list[str]:
-        self._backward(batch, objective, seed, send=False)
-        return self.gradients.not_finite(self.model)
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
         with torch.no_grad():
@@ -219,12 +202,6 @@ class Pipeline(Strategy):
         self._sent = []
 
     # -- state -----------------------------------------------------------------------------------------------------
-
-    def _model_state(self) -> State:
-        return model_state(self.model)
-
-    def _load_model(self, saved: SavedState) -> None:
-        load_model(self.model, saved)
 
     def _part_to_merge(self, name: str) -> Tensor:
         tensor = state_tensors(self.model).get(name) if self.is_saved_here else None

@@ -1,7 +1,6 @@
 """Every rank holds the whole model; gradients are summed over all ranks after each backward pass."""
 
 import math
-from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -10,19 +9,15 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.config import GradientSettings
 from app.data.loader import Batch
-from app.parallel.gradients import Gradients
 from app.parallel.merge import layout_of, shard_model, state_tensors
-from app.parallel.parts import Piece, SavedState, State, TensorState, load_model, model_state, whole_tensors
-from app.parallel.strategy import Objective, Strategy
+from app.parallel.parts import SavedState, TensorState, whole_tensors
+from app.parallel.strategy import Objective
+from app.parallel.whole import WholeParameters
 from app.training.seeding import seed_update
 
 
-class Replicated(Strategy):
-    """Synchronous data parallelism: the same model, the same step, on every rank.
-
-    Attributes:
-        gradients: of the last update, over all ranks.
-    """
+class Replicated(WholeParameters):
+    """Synchronous data parallelism: the same model, the same step, on every rank."""
 
     def __init__(
         self,
@@ -39,15 +34,9 @@ class Replicated(Strategy):
             SettingsError: on every rank: the number of ranks does not fit `settings`.
         """
         settings = settings or GradientSettings()
-        pieces: dict[Tensor, Piece] = {}
-        for name, parameter in model.named_parameters():
-            pieces[parameter] = Piece.whole(name, parameter)
-        super().__init__(cluster, settings, model, optimizer, pieces, layout_of(model), replicas=cluster)
-        self._num_micro_batches = settings.num_micro_batches
-        self.gradients = Gradients(model, cluster, settings)
+        super().__init__(cluster, settings, model, optimizer, layout_of(model), replicas=cluster)
 
     def _backward(self, batch: Batch, objective: Objective, seed: int, send: bool = True) -> Tensor:
-        """`send` lets gradients go to the other ranks as they become ready; without it, this is not a collective."""
         seed_update(seed, batch.inputs.device)
         gradients = self.gradients
         gradients.begin()
@@ -64,20 +53,10 @@ class Replicated(Strategy):
             tallies.append(tally)
         return reduce(torch.add, tallies)
 
-    def reduce_gradients(self) -> None:
-        self.gradients.finish()
-
     def _squared_norm(self) -> float:
         if not self.gradients.are_finite():  # waits for the device
             return math.nan
         return self.gradients.squared_norm() if self._clip_norm is not None else 0.0
-
-    def _reduced_gradients(self) -> Sequence[Tensor]:
-        return [self.gradients.flat]
-
-    def _not_finite(self, batch: Batch, objective: Objective, seed: int) -> list[str]:
-        self._backward(batch, objective, seed, send=False)
-        return self.gradients.not_finite(self.model)
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
         with torch.no_grad():
@@ -88,12 +67,6 @@ class Replicated(Strategy):
     def synchronise(self) -> None:
         self._cluster.broadcast_parameters(state_tensors(self.model))
         super().synchronise()
-
-    def _model_state(self) -> State:
-        return model_state(self.model)
-
-    def _load_model(self, saved: SavedState) -> None:
-        load_model(self.model, saved)
 
     def load_state(self, saved: SavedState) -> None:
         """Rank 0 alone reads, and the others get it as it is.
