@@ -24,7 +24,8 @@ class DataSettings:
     """Samples in one *global* batch, which is divided over all ranks."""
 
     batch_size_per_rank: int | None = None
-    """The other way to say it: the global batch is this times the number of ranks, and batch_size is ignored."""
+    """The other way to say it: the global batch is this times the number of data shards, which are the ranks (of a
+    pipeline: the replicas), and batch_size is ignored."""
 
     sharding: Literal["contiguous", "random", "hash"] = "contiguous"
     """How the samples of a global batch are dealt to the ranks."""

@@ -1,7 +1,7 @@
 """Merges a checkpoint, however many ranks it was written by and whatever the strategy, into one file. Needs no MPI.
 
 python app/merge.py runs/latest                              the last whole checkpoint -> runs/latest/model.safetensors
-python app/merge.py runs/latest --step 200 --out model.safetensors
+python app/merge.py runs/latest --step 200                   that of update 200 -> runs/latest/model-200.safetensors
 
 Tensor by tensor: it needs memory for the largest tensor only. `app/evaluate.py` then scores the run's merged model.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.cluster.failure import SettingsError, run_alone
+from app.cluster.failure import SettingsError, StorageError, run_alone
 from app.parallel.merge import merge_shards
 from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
 from app.training.run_folder import MODEL, replacing
@@ -30,7 +30,7 @@ def main() -> None:
     """
     arguments = _parse_args()
     checkpoint = _find(arguments.run, arguments.step)
-    out = arguments.out or arguments.run / MODEL
+    out = arguments.out or arguments.run / (MODEL if arguments.step is None else f"model-{checkpoint.step}.safetensors")
     digest = merge_checkpoint(checkpoint, out)
     print(f"Merged the model after update {checkpoint.step}: {out}, {out.stat().st_size:,} bytes, digest {digest}")
 
@@ -46,7 +46,11 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
     with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
         for name, tensor in like.items():
             parts = checkpoint.parts(f"{PREFIX}{name}")
-            writer.write(name, merge_shards({name: parts}, like={name: tensor})[name])
+            try:
+                merged = merge_shards({name: parts}, like={name: tensor})
+            except ValueError as error:
+                raise StorageError(f"{checkpoint.path}: {error}") from error
+            writer.write(name, merged[name])
     return writer.digest
 
 
@@ -71,7 +75,9 @@ def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the last that is whole)")
-    parser.add_argument("--out", type=Path, help=f"the file to write (default: {MODEL} in the run's folder)")
+    parser.add_argument(
+        "--out", type=Path, help=f"the file to write (default: {MODEL}, or model-STEP.safetensors, in the run's folder)"
+    )
     return parser.parse_args(args)
 
 

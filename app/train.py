@@ -15,6 +15,7 @@ from app.cluster.comm import Cluster
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.cluster.memory import peak_mib
 from app.cluster.program import run_program
+from app.parallel.layout import Layout
 from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
 from app.training.build import build_trainer
@@ -29,6 +30,7 @@ def main(cluster: Cluster) -> None:
     if settings.proof.deterministic:
         make_deterministic()
     task = Classify(settings, cluster)
+    Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
     folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
     with contextlib.ExitStack() as stack:
         cluster.on_root(lambda: stack.enter_context(folder.locked()))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -114,16 +115,20 @@ class Ranks:
 
     def begin_send(self, tensor: Tensor, to: int, tag: int) -> "Message":
         """Send `tensor`, which must stay as it is until the message is done."""
+        tensor = tensor.contiguous()
         if tensor.device.type == "cuda":
             tensor = tensor if mpi_reads_gpu_memory() else tensor.cpu()
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().synchronize()  # MPI knows nothing of what is still being computed
         return Message(self._mpi.Isend(_bytes_of(tensor), to, tag), tensor, tensor)
 
     def begin_receive(self, tensor: Tensor, source: int, tag: int) -> "Message":
         """Post `tensor`, which is contiguous, for the next message with `tag` from rank `source`."""
         staged = tensor
-        if tensor.device.type == "cuda" and not mpi_reads_gpu_memory():
-            staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        if tensor.device.type == "cuda":
+            if mpi_reads_gpu_memory():
+                torch.cuda.current_stream().synchronize()  # its memory may be what queued work still uses
+            else:
+                staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return Message(self._mpi.Irecv(_bytes_of(staged), source, tag), tensor, staged)
 
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
@@ -178,6 +183,7 @@ def mpi_version() -> str:
     return MPI.Get_library_version().split(",")[0].strip()
 
 
+@cache
 def mpi_reads_gpu_memory() -> bool:
     """MPI can send from and receive into the memory of GPUs."""
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)  # of Open MPI, MPICH, MVAPICH

@@ -1,5 +1,8 @@
 """Running statistics, such as batch norm's: buffers that each rank's forward passes change, kept equal on all ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,14 @@ class Buffers:
         """Take the buffers, which are equal on all ranks now, for what the next changes start from."""
         if self._buffers and self._cluster.size > 1:
             self._before = torch.cat([buffer.double().flatten() for buffer in self._buffers])
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever forward passes do to the buffers inside is undone."""
+        before = [buffer.clone() for buffer in self._buffers]
+        yield
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.copy_(value)
 
     def agree(self, share: float) -> None:
         """Collective: one small sum, if there is any buffer.

@@ -89,6 +89,7 @@ class FlatParameters:
         self._slot = partial(slots.tensor, turn=turn, dtype=first.dtype, device=first.device)
         self._own = partial(torch.zeros, padded, dtype=first.dtype, device=first.device)
         self.comes_and_goes = stage == 3
+        self._stays_here = False
         self._is_here = not self.comes_and_goes
         self._arrives: Callable[[], None] | None = None
         self._whole = self._slot(self._kind, num_elements=padded) if self.comes_and_goes else self._own()
@@ -110,13 +111,16 @@ class FlatParameters:
 
     def stay_here(self) -> None:
         """Collective: from now on the whole has memory of its own: for tied weights, which are used out of turn."""
+        if self._stays_here:
+            return
+        self._stays_here = True
         if self.comes_and_goes:
             self.comes_and_goes, self._whole = False, self._own()
             for parameter, view in zip(self._parameters, self._views_of(self._whole), strict=True):
                 parameter.data = view
             self.begin_gather()
             self.finish_gather()
-        if self.gradient_part is not None:
+        if self.gradient_part is not None and not self._is_part_of(self._gradients, self.gradient_part):
             self._gradients = self._own()
             self._hang_up_gradients()
 
@@ -128,6 +132,10 @@ class FlatParameters:
 
     def _part_of(self, flat: Tensor) -> Tensor:
         return shard_model({"flat": flat}, self._cluster.size)["flat"][self._cluster.rank]
+
+    @staticmethod
+    def _is_part_of(whole: Tensor, part: Tensor) -> bool:
+        return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
     def _hang_up_gradients(self) -> None:
         for parameter, view in zip(self._parameters, self._views_of(self._gradients), strict=True):
@@ -144,7 +152,7 @@ class FlatParameters:
     def begin_gather(self, turn: int = 0) -> None:
         """Collective: every rank's part is on its way to the others; `turn` differs from what is on its way already."""
         part = self.part
-        if part.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():
+        if self._is_part_of(self._whole, part):
             # MPI forbids that what is sent lies in what is received.
             part = self._slot("sent", turn=turn, num_elements=len(part)).copy_(part)
         self._arrives = self._cluster.begin_all_gather_(self._whole, part, f"gather.{self._name}")
@@ -174,14 +182,14 @@ class FlatParameters:
             return lambda: None
         mine = self.gradient_part
         arrives = self._cluster.begin_reduce_scatter(self._gradients, self._received, f"reduce.{self._name}")
-        is_of_whole = mine.untyped_storage().data_ptr() == self._gradients.untyped_storage().data_ptr()
+        is_of_whole = self._is_part_of(self._gradients, mine)
 
         def finish() -> None:
             parts = arrives()
             if not is_of_whole:
                 for part in parts:
                     mine.add_(part)
-            elif len(parts) > 1:
+            elif self._cluster.size > 1:
                 torch.sum(parts, 0, out=mine)
 
         return finish

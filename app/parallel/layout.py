@@ -26,9 +26,10 @@ class Layout:
         """
         num_stages = (settings.pipeline.num_stages or size) if settings.parallel == "pipeline" else 1
         if size % num_stages:
+            num_replicas = max(1, size // num_stages)
             raise SettingsError(
                 f"pipeline.num_stages is {num_stages} on {size} ranks: stages x replicas must be the number of ranks, "
-                f"and {num_stages} x {size // num_stages} is {num_stages * (size // num_stages)}"
+                f"and {num_stages} x {num_replicas} is {num_stages * num_replicas}"
             ).on_all_ranks()
         return Layout(size // num_stages, num_stages, rank)
 

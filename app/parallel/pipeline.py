@@ -95,8 +95,10 @@ class Pipeline(WholeParameters):
         kept: dict[int, tuple[Tensor, Tensor]] = {}  # inputs, and outputs or loss, of micro-batches on their way
         for action in actions:
             index, piece = action.micro_batch, pieces[action.micro_batch]
-            received = self._posted.popleft().wait() if self._waits_for(action) else None
-            self._post_next(to_come, pieces)
+            received = None
+            if self._waits_for(action):
+                received = self._posted.popleft().wait()
+                self._post_next(to_come, pieces)
             if action.kind == "forward":
                 inputs = piece.inputs if received is None else received.requires_grad_()
                 outputs = self._through_blocks(objective, inputs, update_seed(seed, index, 0))

@@ -164,7 +164,9 @@ class Strategy(ABC):
 
     def _non_finite(self, batch: Batch, objective: Objective, seed: int) -> NonFiniteError:
         """Collective: find the rank and the tensor."""
-        first = self._cluster.all_gather_object(self._not_finite(batch, objective, seed)[:1])
+        with self._buffers.unchanged():
+            mine = self._not_finite(batch, objective, seed)
+        first = self._cluster.all_gather_object(mine[:1])
         culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
         where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
         return NonFiniteError(f"{where} is infinite or not a number").on_all_ranks()

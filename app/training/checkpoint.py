@@ -63,10 +63,10 @@ class Checkpoint:
         """
         stop = torch.Size(self.shapes[name]).numel() if stop is None else stop
         parts = self.parts(name, start, stop)
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if len(values) != stop - start:
-            raise StorageError(f"{self.path} holds {len(values)} of the elements {start} ... {stop - 1} of {name}")
-        return values
+        num_found = sum(len(part) for part in parts)
+        if not parts or num_found != stop - start:
+            raise StorageError(f"{self.path} holds {num_found} of the elements {start} ... {stop - 1} of {name}")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, name: str, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """The parts of a tensor, flat and in order, as they were saved; of each, what lies in start ... stop - 1."""
@@ -100,11 +100,13 @@ class Written:
 
 
 def write_parts(folder: Path, step: int, state: State, rank: int = 0) -> Written:
-    """Write what one rank holds, for `commit`.
+    """Write what one rank holds, for `commit`. A rank that holds nothing does not touch the folder.
 
     Raises:
         StorageError: it could not be written.
     """
+    if not state:
+        return Written({}, {})
     temporary = folder / f"{TEMPORARY}{step:012d}"
     files = {}
     with storage_errors():

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, SettingsError
+from app.cluster.failure import LockstepError, NonFiniteError, SettingsError, StorageError
 from app.config import Settings
 from app.data.loader import Batch
 from app.parallel.layout import Layout
@@ -105,7 +106,7 @@ class Trainer:
         """
         every = self._settings.evaluate_every
         evaluation = None
-        with self._journal, contextlib.closing(self._ledger):
+        with self._journal, contextlib.closing(self._ledger), self._finishing_to_write():
             for epoch in range(self.loader.epoch, self._settings.num_epochs):
                 for batch in self.loader.rest_of_epoch():
                     self.update(batch)
@@ -117,6 +118,17 @@ class Trainer:
                 evaluation = self._evaluate(self._settings.num_epochs - 1)
             self.writer.wait()
         return evaluation
+
+    @contextlib.contextmanager
+    def _finishing_to_write(self) -> Iterator[None]:
+        """When all ranks leave together, for whatever reason, the checkpoint that is being written is written first."""
+        try:
+            yield
+        except LockstepError as error:
+            if error.shared:
+                with contextlib.suppress(StorageError):
+                    self.writer.wait()
+            raise
 
     def update(self, batch: Batch) -> None:
         """Collective: one optimizer step, and what falls due after it."""
@@ -199,7 +211,7 @@ class Trainer:
             "data.name": data.name,
             "data.sharding": data.sharding,
             "the number of samples": self.loader.num_samples,
-            "the global batch (data.batch_size, or data.batch_size_per_rank times the ranks)": self.loader.batch_size,
+            "the global batch (data.batch_size, or data.batch_size_per_rank times the shards)": self.loader.batch_size,
             "optimizer.name": settings.optimizer.name,
             "optimizer.decay_vectors": settings.optimizer.decay_vectors,
             "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._layout.num_replicas),

@@ -1,4 +1,5 @@
-"""The folder that a run leaves behind. Rank 0 alone touches it, but for ledger/.
+"""The folder that a run leaves behind. Rank 0 alone touches it, but for ledger/ and, of a model in parts, checkpoints/,
+which all ranks must see.
 
 settings.yaml      every setting of the run, ready for --config
 environment.json   versions, hardware, the ranks and how they were started
@@ -32,6 +33,7 @@ from app.settings import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_setting
 from app.training.tensor_file import TensorFileWriter
 
 MODEL = "model.safetensors"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -55,7 +57,7 @@ class RunFolder:
             else:
                 folder = RunFolder(Path(settings.run_dir))
                 folder.path.mkdir(parents=True, exist_ok=True)
-                if any(folder.path.iterdir()):
+                if any(path.name != LOCK for path in folder.path.iterdir()):
                     raise SettingsError(f"run_dir is {folder.path}: it is not empty; name a new folder or remove it")
         return folder
 
@@ -81,7 +83,7 @@ class RunFolder:
             StorageError: another job does.
         """
         with storage_errors():
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / LOCK).open("w")
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -50,7 +50,7 @@ def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ("warp", "there is no benchmark 'warp': choose one of throughput, comm, peers, scaling"),
+        ("warp", "there is no benchmark 'warp': choose one of throughput, comm, sharding, pipeline, peers, scaling"),
         ("throughput --updats 3", "Did you mean --updates?"),
         ("comm", "one rank has nobody to talk to"),
     ],

@@ -16,6 +16,7 @@ from app.parallel.parts import Part
 from app.training.checkpoint import commit, list_checkpoints, verify_checkpoint, write_parts
 from tests.launching import ROOT, launch
 
+PYTHON_IN = f"python {shlex.quote(str(ROOT / 'app'))}"
 TRAIN = f"python {shlex.quote(str(ROOT / 'app' / 'train.py'))}"
 EXACT = (
     "--precision float64 --model.dropout1 0 --model.dropout2 0 --optimizer.name adam --optimizer.learning_rate 1e-3 "
@@ -46,16 +47,16 @@ def test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline(tmp
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[1].items():
         torch.testing.assert_close(states[0][name], tensor, rtol=1e-9, atol=1e-11, msg=name)
-    verified = launch(f"python {ROOT}/app/verify.py run", cwd=tmp_path)
+    verified = launch(f"{PYTHON_IN}/verify.py run", cwd=tmp_path)
     assert verified.returncode == 0, verified.output
     assert verified.stdout.count("4000 of 4000 samples, each exactly once") == 3
 
     in_run = (tmp_path / "run" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "model.safetensors").unlink()
-    merged = launch(f"python {ROOT}/app/merge.py run", cwd=tmp_path)
+    merged = launch(f"{PYTHON_IN}/merge.py run", cwd=tmp_path)
     assert merged.returncode == 0, merged.output
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == in_run
-    told = [_accuracy(launch(f"python {ROOT}/app/evaluate.py {run}", cwd=tmp_path).stdout) for run in ("run", "never")]
+    told = [_accuracy(launch(f"{PYTHON_IN}/evaluate.py {run}", cwd=tmp_path).stdout) for run in ("run", "never")]
     assert told[0] == told[1]
 
 

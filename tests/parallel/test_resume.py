@@ -22,7 +22,7 @@ from app.data.loader import Batch
 from app.parallel.merge import state_digest
 from app.parallel.parts import State, TensorState
 from app.parallel.replicated import Replicated
-from app.training.checkpoint import list_checkpoints, verify_checkpoint
+from app.training.checkpoint import list_checkpoints, verify_checkpoint, write_parts
 from app.training.checkpoint_writer import CheckpointWriter
 from app.training.ledger import read_ledger
 from app.training.loop import Trainer
@@ -191,6 +191,26 @@ def test_what_is_not_finite_stops_all_ranks_in_the_same_update_and_is_named(
         trainer.train()
     assert caught.value.shared
     assert set(cluster.all_gather_object(trainer.progress.step)) == {4}
+
+
+@pytest.mark.world_size(2)
+def test_a_checkpoint_in_the_making_is_finished_before_all_ranks_leave(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the update after a checkpoint, whose writing takes long: it is there when the error comes."""
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return write_parts(*arguments)
+
+    monkeypatch.setattr("app.training.checkpoint_writer.write_parts", slowly)
+    folder = cluster.on_root(lambda: tmp_path)
+    trainer, _ = build_trainer(cluster, SETTINGS, folder)
+    _poison(trainer, cluster, step=5, where="the loss")
+    with pytest.raises(NonFiniteError, match="update 6"):
+        trainer.train()
+    if cluster.is_root:
+        assert [int(path.name) for path in list_checkpoints(folder)] == [5]
 
 
 @pytest.mark.world_size(2)

@@ -188,6 +188,16 @@ class _Infinite(CrossEntropy):
         return super().loss_sum(outputs, batch)
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_looking_for_what_is_not_finite_leaves_running_statistics_equal(cluster: Cluster, stage: int) -> None:
+    strategy = _strategy(cluster, _blocks, stage, GradientSettings())
+    with pytest.raises(NonFiniteError):
+        strategy.update(make_batch(cluster.rank, 2, 11), _Infinite(cluster.rank == 1), seed=0)
+    strategy.compare("after the skip")
+    assert strategy.model.get_buffer("norm.num_batches_tracked").item() == 1
+
+
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_whole_parameter_that_drifts_is_named(cluster: Cluster, stage: int) -> None:
