@@ -25,7 +25,9 @@ from app.config import Settings
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "LOCKSTEP"
-OTHER_VARIABLES = {f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "PYTHON", "SITE_TORCH", "VENV")}  # of env/
+OTHER_VARIABLES = {  # of env/ and slurm/
+    f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PYTHON", "SITE_TORCH", "VENV")
+}
 COMMANDS = {"config", "help", "print_config"}  # on the command line only
 DEFAULT_RUN = Path("runs/latest")
 SETTINGS_FILE = "settings.yaml"

@@ -6,43 +6,109 @@
     mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
     python app/train.py --help                            every setting
 
+    horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
+                                                          goes on without workers that are lost, with those it finds
+
 Put `env/run` before any of them, or source env/activate once.
 """
 
 import contextlib
+import time
+from collections.abc import Callable
 
 from app.cluster.comm import Cluster
+from app.cluster.elastic import CrewVote, train_with_crews
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.cluster.memory import peak_mib
+from app.cluster.mpi import abort_job
 from app.cluster.program import run_program
+from app.cluster.recorder import stragglers
+from app.cluster.stop import StopRequests, StopVote, end_time
+from app.cluster.watchdog import Watchdog
+from app.config import Settings
 from app.parallel.layout import Layout
 from app.settings import parse_settings
 from app.tasks.classify import Classify, Evaluation
 from app.training.build import build_trainer
+from app.training.elastic import Relay, Run, check_elastic
 from app.training.loop import Trainer
 from app.training.run_folder import MODEL, RunFolder, json_number, storage_errors
 from app.training.seeding import make_deterministic
 from app.training.tensor_file import TensorFileWriter
 
+TOLD_IF_LOST = 0.05  # of the ranks' time
 
-def main(cluster: Cluster) -> None:
-    settings, resume = cluster.on_root(parse_settings)
+
+def main(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
+    """Collective: one run, from its settings to its merged model. `prepare` sees the trainer before it begins."""
+    started, requests = time.time(), StopRequests()
+    relay = Relay()
+
+    def ends(settings: Settings) -> float | None:
+        return end_time(settings.stop.after_minutes, started)
+
+    if cluster.is_elastic:
+        train_with_crews(
+            cluster,
+            lambda crew, hosts: train(
+                crew, relay, lambda settings: CrewVote(crew, requests, ends(settings), hosts), prepare
+            ),
+            relay.leave,
+        )
+    else:
+        train(cluster, relay, lambda settings: StopVote(cluster, requests, ends(settings)), prepare)
+
+
+def train(
+    cluster: Cluster,
+    relay: Relay,
+    vote: Callable[[Settings], StopVote],
+    prepare: Callable[[Trainer], None] | None = None,
+) -> None:
+    """Collective: from the beginning, from a checkpoint or from where an earlier crew was, to the merged model."""
+    run = relay.run_of(cluster)
+    settings, resume = (run.settings, run.resume) if run else cluster.on_root(parse_settings)
+    if cluster.is_elastic:
+        check_elastic(settings)
     if settings.proof.deterministic:
         make_deterministic()
     task = Classify(settings, cluster)
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
-    folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
+    if run:
+        folder = run.folder
+    else:
+        folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
+    relay.run = Run(settings, resume, folder)
     with contextlib.ExitStack() as stack:
         cluster.on_root(lambda: stack.enter_context(folder.locked()))
+        cluster.on_root(folder.begin_recording)
+        watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds))
+        stack.callback(watchdog.close)
         inventory = take_inventory(cluster)
         if cluster.is_root:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, resume)
+        trainer = build_trainer(cluster, settings, task, folder, resume, relay.take_over(cluster))
+        relay.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory))
-        evaluation = trainer.train()
+        if prepare:
+            prepare(trainer)
+        cluster.recorder.take_seconds()  # without the start, for which all wait
+        evaluation = trainer.train(vote(settings))
+        seconds = cluster.recorder.take_seconds()
+        cluster.recorder.enter("merging")
         merged = merge_into(folder, cluster, trainer)
-        peaks = cluster.all_gather_object(round(peak_mib()))
-        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, peaks))
+        ranks = cluster.all_gather_object((round(peak_mib()), seconds))
+        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, ranks))
+
+
+def watch(cluster: Cluster, folder: RunFolder, limit_seconds: float) -> Watchdog:
+    """Record what this rank is at, and end a stall.
+
+    Raises:
+        StorageError: the record cannot be made.
+    """
+    with storage_errors():
+        return Watchdog(cluster.recorder, folder.recorder, cluster.rank, cluster.size, limit_seconds, abort_job)
 
 
 def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:
@@ -62,9 +128,16 @@ def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorF
 
 
 def _finish(
-    folder: RunFolder, merged: TensorFileWriter | None, evaluation: Evaluation, trainer: Trainer, peaks: list[int]
+    folder: RunFolder,
+    merged: TensorFileWriter | None,
+    evaluation: Evaluation,
+    trainer: Trainer,
+    ranks: list[tuple[int, dict[str, float]]],
 ) -> None:
     """Write the summary, tell the result, and draw the curves.
+
+    Args:
+        ranks: of each, its peak memory in MiB and its seconds by phase.
 
     Raises:
         StorageError: something cannot be written.
@@ -73,6 +146,8 @@ def _finish(
 
     assert merged
     progress = trainer.progress
+    seconds = [seconds for _, seconds in ranks]
+    slowest, lost = stragglers(seconds)
     folder.write_json(
         "summary.json",
         {
@@ -81,8 +156,11 @@ def _finish(
             "num_held_out_samples": evaluation.num_samples,
             "num_parameters": merged.num_elements,
             "model_digest": merged.digest,
-            "num_ranks": len(peaks),
-            "peak_mib_of_ranks": peaks,
+            "num_ranks": len(ranks),
+            "peak_mib_of_ranks": [peak for peak, _ in ranks],
+            "seconds_of_ranks": [{phase: round(s, 3) for phase, s in of_rank.items()} for of_rank in seconds],
+            "slowest_rank": slowest,
+            "share_lost_waiting_for_it": round(lost, 4),
             "num_updates": progress.step,
             "num_skipped": progress.num_skipped,
             "training_seconds": round(progress.seconds, 3),
@@ -90,6 +168,8 @@ def _finish(
         },
     )
     print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {progress.images_per_second:.0f} images/s")
+    if lost >= TOLD_IF_LOST:
+        print(f"Rank {slowest} was the slowest: {lost:.0%} of all ranks' time went into waiting for it")
     print(f"Merged model: {folder.path / MODEL}")
     print(evaluation)
     with storage_errors():

@@ -119,6 +119,12 @@ def patches_for(cxx_standard: int) -> list[Patch]:
         Patch(mpi_run, "'-mca plm_rsh_no_tree_spawn", "'--mca plm_rsh_no_tree_spawn", two_dashes),
         Patch(mpi_run, "'-mca plm_rsh_num_concurrent", "'--mca plm_rsh_num_concurrent", two_dashes),
         Patch(
+            mpi_run,
+            "['/bin/sh', '-c', mpirun_command]",
+            "['/bin/sh', '-c', 'exec ' + mpirun_command]",
+            "a signal to horovodrun reaches mpirun, not a shell that dies of it and leaves the ranks running",
+        ),
+        Patch(
             "horovod/runner/gloo_run.py",
             "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
             "        exit_code, timestamp = value\n"

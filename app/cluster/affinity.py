@@ -78,6 +78,13 @@ def pin(cpus: Cpus) -> None:
         os.sched_setaffinity(0, cpus)
 
 
+def pin_all_threads(cpus: Cpus) -> None:
+    """As `pin`, for every thread that this process has by now."""
+    for thread in _threads():
+        with suppress(OSError):  # it has ended, or the container forbids it
+            os.sched_setaffinity(thread, cpus)
+
+
 def read_topology(cpus: Cpus) -> dict[int, Core]:
     """The core of each of `cpus`; a core of its own where Linux does not tell."""
     return {cpu: _core_of(cpu) for cpu in cpus}

@@ -1,23 +1,34 @@
-"""The ranks of one job and their collectives over tensors, by Horovod (NCCL rings on GPUs, MPI on CPUs): the only file
-that imports Horovod.
+"""The ranks of one job and their collectives over tensors, by Horovod: NCCL rings on GPUs, MPI or Gloo on CPUs.
+
+Beside this file only gloo.py and elastic.py import Horovod.
 """
 
 import os
+import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 from app.cluster.mpi import MPI, Ranks, mpi_version  # isort: skip  before Horovod
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
-from app.cluster.affinity import threads_at_lowest_priority
+from app.cluster.affinity import allowed_cpus, pin_all_threads, threads_at_lowest_priority
 from app.cluster.devices import bind_to_cores, choose_device, gpu_name
 from app.cluster.failure import ExitCode, SettingsError
+from app.cluster.gloo import GlooCommunicator
+from app.cluster.installation import read_installation
+from app.cluster.launcher import check_launcher, detect_launcher, remark_on
 from app.cluster.memory import keep_freed_memory
+from app.cluster.recorder import Recorder
+from app.cluster.rendezvous import find_place, is_elastic, place_is_known
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Cluster(Ranks):
         local_rank: 0 ... local_size - 1 on this node.
         local_size: the number of ranks on this node.
         device: where this rank computes.
+        is_elastic: other ranks may be lost or added: see elastic.py.
 
     The ranks of a cluster that `split` gives are counted within it; its collectives are over its ranks alone.
     """
@@ -36,12 +48,20 @@ class Cluster(Ranks):
     local_size: int
     device: torch.device
     _set: hvd.ProcessSet = field(default=hvd.global_process_set, repr=False)
+    is_elastic: bool = False
 
     @staticmethod
     def start() -> "Cluster":
         """Collective: join the job that a launcher started, or be the only rank; on cores and a GPU of its own."""
         keep_freed_memory()
         mpi = MPI.COMM_WORLD
+        launcher = detect_launcher(os.environ)
+        check_launcher(launcher, mpi.size, mpi_version(), read_installation().mpirun)
+        if remark := remark_on(launcher, mpi.size):
+            print(remark, file=sys.stderr, flush=True)
+        if launcher.is_gloo:
+            cluster = Cluster._join_gloo()
+            return cluster if cluster.is_elastic else cluster.settle()
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         device = choose_device(node.allgather, node.rank, with_gpus=hvd.nccl_built())
         bind_to_cores(node.allgather, node.rank, device)  # before Horovod's thread starts, which stays with its rank
@@ -53,13 +73,48 @@ class Cluster(Ranks):
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
             ).on_all_ranks()
-        gpus = [gpu for gpu in mpi.allgather(gpu_name(device, MPI.Get_processor_name())) if gpu]
-        if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
-            raise SettingsError(
-                f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
-                "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
-            ).on_all_ranks()
+        _check_gpus(mpi.allgather(gpu_name(device, MPI.Get_processor_name())))
         return Cluster(mpi.rank, mpi.size, mpi, node.rank, node.size, device)
+
+    @staticmethod
+    def _join_gloo() -> "Cluster":
+        """Collective: join a job of which MPI knows nothing, so far without cores of this rank's own."""
+        elastic = is_elastic()
+        if elastic:
+            find_place()
+        local_rank = int(os.environ["HOROVOD_LOCAL_RANK"])
+        # Nobody can be asked yet: ranks of one host are taken to see the same GPUs.
+        device = choose_device(lambda mine: [mine] * (local_rank + 1), local_rank, with_gpus=hvd.nccl_built())
+        ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: _start_horovod(device)))
+        return Cluster(ranks.rank, ranks.size, ranks, local_rank, hvd.local_size(), device, is_elastic=elastic)
+
+    def rejoin(self) -> "Cluster":
+        """Collective over whoever is left and whoever comes: what `start` gave, once the ranks have changed.
+
+        Raises:
+            SystemExit: the others go on without this one.
+        """
+        assert isinstance(self._mpi, GlooCommunicator)
+        self._mpi.hang_up()
+        find_place(asks=True)
+        with place_is_known():
+            ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: _start_horovod(self.device)))
+        return replace(self, rank=ranks.rank, size=ranks.size, _mpi=ranks, recorder=Recorder())
+
+    def settle(self) -> "Cluster":
+        """Collective, of a Gloo job: cores of this rank's own, among the ranks that share its node."""
+        node = platform.node()
+        mates = [rank for rank, other in enumerate(self.all_gather_object(node)) if other == node]
+        local_rank = mates.index(self.rank)
+
+        def all_gather(value: Any) -> list[Any]:
+            values = self.all_gather_object(value)
+            return [values[mate] for mate in mates]
+
+        bind_to_cores(all_gather, local_rank, self.device)
+        pin_all_threads(allowed_cpus())  # Horovod's runs already
+        _check_gpus(self.all_gather_object(gpu_name(self.device, node)))
+        return replace(self, local_rank=local_rank, local_size=len(mates))
 
     @staticmethod
     def alone() -> "Cluster":
@@ -72,6 +127,11 @@ class Cluster(Ranks):
         Horovod starts anew with a process set for each group: sets that are added later would cost a collective in
         each of its cycles. Clusters of an earlier split are invalid from then on.
         """
+        if isinstance(self._mpi, GlooCommunicator):
+            raise SettingsError(
+                "the stages of a pipeline send each other messages, and Horovod over Gloo has none: start it with "
+                "mpirun, or with horovodrun without --gloo"
+            ).on_all_ranks()
         group = next(group for group in groups if self.rank in group)
         mine = hvd.global_process_set
         if 1 < len(group) < self.size:
@@ -84,6 +144,9 @@ class Cluster(Ranks):
 
     def stop(self) -> None:
         """Collective: leave the job in good order."""
+        if isinstance(self._mpi, GlooCommunicator) and hvd.is_initialized():
+            with suppress(HorovodInternalError):
+                self.barrier()  # horovodrun ends all others as soon as one has left: rank 0 has something to tell
         hvd.shutdown()
         MPI.Finalize()
 
@@ -95,18 +158,26 @@ class Cluster(Ranks):
         self.barrier()
         _start_horovod(self.device)
 
+    def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
+        if isinstance(self._mpi, GlooCommunicator):
+            return self._mpi.gather_from_thread(value)
+        return super().gather_from_thread(value, seconds_a_look)
+
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor, name: str) -> Tensor:
         """Collective: `tensor` summed over all ranks, in place. `name` must be the same on every rank."""
-        return hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=self._set) if self.size > 1 else tensor
+        if self.size > 1:
+            with self.recorder.waiting(f"{name} all-reduce"):
+                hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=self._set)
+        return tensor
 
     def begin_sum_(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Collective: as `sum_`, but goes on at once; the sum is there when the returned function has been called."""
         if self.size == 1:
             return lambda: None
         handle = hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._set)
-        return lambda: hvd.synchronize(handle)
+        return self._until_done(handle, f"{name} all-reduce")
 
     def adasum_(self, tensors: Sequence[Tensor], name: str) -> None:
         """Collective: combine each tensor over the ranks, in place, by Adasum (Maleki et al. 2020, section 3).
@@ -114,15 +185,24 @@ class Cluster(Ranks):
         The number of ranks must be a power of two.
         """
         if self.size > 1:
-            hvd.grouped_allreduce_(tensors, op=hvd.Adasum, name=name, process_set=self._set)
+            with self.recorder.waiting(f"{name} Adasum"):
+                hvd.grouped_allreduce_(tensors, op=hvd.Adasum, name=name, process_set=self._set)
 
     def all_to_all(self, tensor: Tensor, name: str) -> Tensor:
         """Collective: part r of `tensor` (size * n,) goes to rank r; returns what came, in the order of the ranks."""
-        return hvd.alltoall(tensor, name=name, process_set=self._set) if self.size > 1 else tensor
+        if self.size == 1:
+            return tensor
+        with self.recorder.waiting(f"{name} all-to-all"):
+            received: Tensor = hvd.alltoall(tensor, name=name, process_set=self._set)
+        return received
 
     def all_gather(self, tensor: Tensor, name: str) -> Tensor:
         """Collective: every rank's `tensor` (n,), one after the other in the order of the ranks, (size * n,)."""
-        return hvd.allgather(tensor, name=name, process_set=self._set) if self.size > 1 else tensor
+        if self.size == 1:
+            return tensor
+        with self.recorder.waiting(f"{name} all-gather"):
+            gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self._set)
+        return gathered
 
     def begin_all_gather_(self, whole: Tensor, part: Tensor, name: str) -> Callable[[], None]:
         """Collective: `whole` (size * n,) becomes every rank's `part` (n,), once the returned function has been called.
@@ -134,7 +214,7 @@ class Cluster(Ranks):
             return lambda: None
         # Not hvd.allgather_async, which makes a new tensor for the result.
         handle = hvd.mpi_ops._allgather_async(part, whole, name, self._set)
-        return lambda: hvd.synchronize(handle)
+        return self._until_done(handle, f"{name} all-gather")
 
     def begin_reduce_scatter(self, tensor: Tensor, scratch: Tensor, name: str) -> Callable[[], Tensor]:
         """Collective: `tensor` (size * n,) is to be summed over all ranks; the returned function gives what adds up to
@@ -147,22 +227,34 @@ class Cluster(Ranks):
             return lambda: tensor.view(1, -1)
         if tensor.device.type == "cuda":
             handle = hvd.reducescatter_async(tensor, op=hvd.Sum, name=name, process_set=self._set)
-            return lambda: hvd.synchronize(handle).view(1, -1)
+            arrives = self._until_done(handle, f"{name} reduce-scatter")
+            return lambda: arrives().view(1, -1)
         # As many bytes in one step. Open MPI's own takes 1.5 to 2 times as long, and 2.5 times the tensor's memory.
         # Not hvd.alltoall_async, which makes a new tensor for the result, in its own thread's memory.
         splits, received_splits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
         handle = hvd.mpi_ops._alltoall_async(tensor, splits, scratch, received_splits, name, self._set)
-        return lambda: hvd.synchronize(handle)[0].view(self.size, -1)
+        arrives = self._until_done(handle, f"{name} reduce-scatter")
+        return lambda: arrives()[0].view(self.size, -1)
 
-    def broadcast_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Collective over the whole job, not over a group of it: rank 0's `tensors` overwrite every other rank's."""
+    def broadcast_parameters(self, tensors: Mapping[str, Tensor], root: int = 0) -> None:
+        """Collective over the whole job, not over a group of it: rank `root`'s `tensors` overwrite the other ranks'."""
         if self.size == 1:
             return
         sent = {name: tensor.contiguous() for name, tensor in tensors.items()}  # Horovod refuses channels-last ones
-        hvd.broadcast_parameters(sent, root_rank=0)
+        with self.recorder.waiting("broadcast of parameters"):
+            hvd.broadcast_parameters(sent, root_rank=root)
         for name, tensor in tensors.items():
             if sent[name] is not tensor:
                 tensor.copy_(sent[name])
+
+    def _until_done(self, handle: Any, collective: str) -> Callable[[], Any]:
+        """What waits for one of Horovod's handles, on the record."""
+
+        def wait() -> Any:
+            with self.recorder.waiting(collective):
+                return hvd.synchronize(handle)
+
+        return wait
 
 
 def horovod_operations() -> list[str]:
@@ -174,6 +266,16 @@ def horovod_operations() -> list[str]:
 def gpu_left_idle() -> bool:
     """There is a GPU, but Horovod was built without NCCL, so that ranks compute on the CPU."""
     return torch.cuda.is_available() and not hvd.nccl_built()
+
+
+def _check_gpus(names: Sequence[str | None]) -> None:
+    """`names` of all ranks. Raises SettingsError on every rank."""
+    gpus = [name for name in names if name]
+    if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
+        raise SettingsError(
+            f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
+            "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
+        ).on_all_ranks()
 
 
 def _start_horovod(device: torch.device, sets: Sequence[hvd.ProcessSet] = ()) -> None:

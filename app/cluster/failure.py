@@ -21,6 +21,9 @@ class ExitCode(IntEnum):
     REPLICAS_DIFFER = 4
     STORAGE = 5
     NON_FINITE = 6
+    STALLED = 7
+    UNHEALTHY = 8
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
     INTERRUPTED = 130
 
 
@@ -62,6 +65,18 @@ class NonFiniteError(LockstepError):
     """A loss or gradient that is infinite or not a number."""
 
     exit_code = ExitCode.NON_FINITE
+
+
+class UnhealthyError(LockstepError):
+    """This machine, or this allocation of it, is not fit for a run."""
+
+    exit_code = ExitCode.UNHEALTHY
+
+
+class StoppedError(LockstepError):
+    """Not an error of anybody's: the run was asked to stop, has saved, and can go on."""
+
+    exit_code = ExitCode.STOPPED
 
 
 class StorageError(LockstepError):

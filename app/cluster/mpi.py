@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other over MPI: the only file that imports mpi4py.
+"""What the ranks of a job tell each other over MPI.
 
 It does what Horovod has no call for: small Python objects, a model's parts to and from rank 0, messages from one rank
 to another. Both share one MPI: this is imported before Horovod, because mpi4py asks MPI for `THREAD_MULTIPLE`, which
@@ -6,42 +6,26 @@ Horovod's background thread needs.
 """
 
 import ctypes
-import os
-import sys
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from app.cluster.failure import ExitCode, LockstepError
-
-# Open MPI reads these when it is loaded; a value that the site has set wins.
-# Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
-# all-reduce of 2 ms takes 50 ms.
-os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-# Over TCP, on one connection, each message's announcement waits behind the rank's own data: 60 ms in place of 40 for
-# the seed's gradient at 1 Gbit/s. Other networks take no notice.
-os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
-
-from mpi4py import MPI as MPI  # for comm.py, which must import it before Horovod
+from app.cluster.failure import LockstepError
+from app.cluster.mpi_library import MPI as MPI
+from app.cluster.mpi_library import abort_job as abort_job
+from app.cluster.mpi_library import mpi_version as mpi_version
+from app.cluster.mpi_library import rank_in_job as rank_in_job
+from app.cluster.recorder import Recorder
 
 T = TypeVar("T")
 
 THREADS_TAG = 1  # of messages between the ranks' background threads
-
-
-def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, trace)
-    abort_job(ExitCode.BUG)
-
-
-# From here on this process is an MPI rank: an error while it imports the rest must not leave the others waiting.
-sys.excepthook = _end_job
 
 
 @dataclass(frozen=True)
@@ -51,11 +35,13 @@ class Ranks:
     Attributes:
         rank: 0 ... size - 1.
         size: the number of ranks.
+        recorder: of what this rank is at.
     """
 
     rank: int
     size: int
     _mpi: MPI.Intracomm = field(repr=False)
+    recorder: Recorder = field(default_factory=Recorder, repr=False, kw_only=True)
 
     @property
     def is_root(self) -> bool:
@@ -63,7 +49,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Collective: wait for every rank."""
-        self._mpi.Barrier()
+        with self.recorder.waiting("barrier"):
+            self._mpi.Barrier()
 
     # -- objects ---------------------------------------------------------------------------------------------------
 
@@ -72,7 +59,9 @@ class Ranks:
 
         A `LockstepError` or `SystemExit` on rank 0 is raised on every rank, as a shared one.
         """
-        answer: T | LockstepError | SystemExit = self._mpi.bcast(_attempt(function) if self.is_root else None)
+        mine = _attempt(function) if self.is_root else None
+        with self.recorder.waiting("broadcast of rank 0's answer"):
+            answer: T | LockstepError | SystemExit = self._mpi.bcast(mine)
         return _value_of(answer)
 
     def on_root_alone(self, function: Callable[[], T]) -> T | None:
@@ -96,19 +85,35 @@ class Ranks:
 
     def all_gather_object(self, value: T) -> list[T]:
         """Collective: every rank's `value`, in the order of the ranks."""
-        return self._mpi.allgather(value)
+        with self.recorder.waiting("gathering of objects"):
+            return self._mpi.allgather(value)
+
+    def begin_max(self, value: int) -> Callable[[], int]:
+        """Collective: goes on at once; the returned function gives the largest of all ranks' values."""
+        if self.size == 1:
+            return lambda: value
+        mine, largest = array("q", [value]), array("q", [0])
+        request = self._mpi.Iallreduce(mine, largest, MPI.MAX)
+
+        def wait() -> int:
+            with self.recorder.waiting("vote on going on"):
+                request.Wait()
+            return int(largest[0] if mine else 0)  # both live until then
+
+        return wait
 
     # -- parts of tensors ------------------------------------------------------------------------------------------
 
     def gather_parts(self, part: Tensor) -> list[Tensor]:
         """Collective: every rank's flat `part` (lengths may differ) on rank 0, in the order of the ranks; else none."""
         mine = _bytes_of(part.detach().cpu())
-        num_bytes = self._mpi.gather(mine.size)
-        if num_bytes is None:
-            self._mpi.Gatherv(mine, None)
-            return []
-        gathered = torch.empty(sum(num_bytes), dtype=torch.uint8)
-        self._mpi.Gatherv(mine, (gathered.numpy(), num_bytes))
+        with self.recorder.waiting("gathering of parts"):
+            num_bytes = self._mpi.gather(mine.size)
+            if num_bytes is None:
+                self._mpi.Gatherv(mine, None)
+                return []
+            gathered = torch.empty(sum(num_bytes), dtype=torch.uint8)
+            self._mpi.Gatherv(mine, (gathered.numpy(), num_bytes))
         return [chunk.view(part.dtype) for chunk in gathered.split(num_bytes)]
 
     # -- from one rank to another ----------------------------------------------------------------------------------
@@ -119,7 +124,9 @@ class Ranks:
         if tensor.device.type == "cuda":
             tensor = tensor if mpi_reads_gpu_memory() else tensor.cpu()
             torch.cuda.current_stream().synchronize()  # MPI knows nothing of what is still being computed
-        return Message(self._mpi.Isend(_bytes_of(tensor), to, tag), tensor, tensor)
+        return Message(
+            self._mpi.Isend(_bytes_of(tensor), to, tag), tensor, tensor, f"message to rank {to}", self.recorder
+        )
 
     def begin_receive(self, tensor: Tensor, source: int, tag: int) -> "Message":
         """Post `tensor`, which is contiguous, for the next message with `tag` from rank `source`."""
@@ -129,7 +136,8 @@ class Ranks:
                 torch.cuda.current_stream().synchronize()  # its memory may be what queued work still uses
             else:
                 staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return Message(self._mpi.Irecv(_bytes_of(staged), source, tag), tensor, staged)
+        request = self._mpi.Irecv(_bytes_of(staged), source, tag)
+        return Message(request, tensor, staged, f"message from rank {source}", self.recorder)
 
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
         """Collective, from one thread of each rank, while other threads use the cluster: every rank's `value` on rank
@@ -155,6 +163,8 @@ class Message:
     _request: MPI.Request
     _tensor: Tensor
     _staged: Tensor
+    _name: str
+    _recorder: Recorder
 
     @property
     def is_done(self) -> bool:
@@ -163,24 +173,9 @@ class Message:
 
     def wait(self) -> Tensor:
         """Until it has left, or come; then the tensor."""
-        self._request.Wait()
+        with self._recorder.waiting(self._name):
+            self._request.Wait()
         return self._tensor if self._staged is self._tensor else self._tensor.copy_(self._staged)
-
-
-def rank_in_job() -> int:
-    """This rank, known before the ranks have met."""
-    return MPI.COMM_WORLD.rank
-
-
-def abort_job(exit_code: int) -> None:
-    """End every rank of the job at once, from this rank alone. A lone rank just goes on to its own end."""
-    if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
-        MPI.COMM_WORLD.Abort(exit_code)
-
-
-def mpi_version() -> str:
-    """The MPI library that this process has loaded, such as `Open MPI v5.0.11`."""
-    return MPI.Get_library_version().split(",")[0].strip()
 
 
 @cache

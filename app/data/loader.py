@@ -85,6 +85,13 @@ class BatchLoader:
     def batches_per_epoch(self) -> int:
         return -(-len(self._images) // self.batch_size)
 
+    def position_after(self, num_batches: int) -> tuple[int, int]:
+        """(epoch, consumed) after so many global batches from the very beginning; after the last one of an epoch, still
+        in that epoch.
+        """
+        epoch, index = divmod(max(num_batches - 1, 0), self.batches_per_epoch)
+        return epoch, min((index + 1) * self.batch_size, self.num_samples) if num_batches else 0
+
     def rest_of_epoch(self) -> Iterator[Batch]:
         """This shard's part of every global batch that is left of the epoch; then the position is the next epoch."""
         order = epoch_order(len(self._images), self._seed, self.epoch)

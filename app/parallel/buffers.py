@@ -25,6 +25,11 @@ class Buffers:
         if self._buffers and self._cluster.size > 1:
             self._before = torch.cat([buffer.double().flatten() for buffer in self._buffers])
 
+    def forget_changes(self) -> None:
+        """What forward passes have changed since all ranks agreed on the buffers is undone."""
+        if self._buffers and self._cluster.size > 1:
+            self._take(self._before)
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Whatever forward passes do to the buffers inside is undone."""
@@ -45,9 +50,12 @@ class Buffers:
         # A rank without samples may have divided by their number.
         change = (now - self._before) * share if share else torch.zeros_like(now)
         self._before += self._cluster.sum_(change, name="buffers")
-        for buffer, agreed in zip(self._buffers, self._before.split([b.numel() for b in self._buffers]), strict=True):
-            buffer.copy_(_as_type_of(buffer, agreed).view(buffer.shape))
+        self._take(self._before)
         self.remember()
+
+    def _take(self, values: Tensor) -> None:
+        for buffer, value in zip(self._buffers, values.split([b.numel() for b in self._buffers]), strict=True):
+            buffer.copy_(_as_type_of(buffer, value).view(buffer.shape))
 
 
 def _as_type_of(buffer: Tensor, values: Tensor) -> Tensor:

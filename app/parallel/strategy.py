@@ -151,6 +151,7 @@ class Strategy(ABC):
             raise self._non_finite(batch, objective, seed)
         if self._clip_norm is not None:
             self._clip(math.sqrt(squared_norm), self._clip_norm)
+        self._cluster.recorder.enter("optimizer step")
         if before_step:
             before_step()
         self._step()
@@ -172,6 +173,10 @@ class Strategy(ABC):
         return NonFiniteError(f"{where} is infinite or not a number").on_all_ranks()
 
     # -- state -----------------------------------------------------------------------------------------------------
+
+    def forget_changes(self) -> None:
+        """After an update that another rank's loss broke off: the model is again what it was before."""
+        self._buffers.forget_changes()
 
     def synchronise(self) -> None:
         """Collective: every rank takes rank 0's model, and all make sure that they agree.

@@ -139,6 +139,7 @@ class Classify:
         largest = -(-len(self.held_out) // num_shards)
         with evaluating(model):
             for piece in ids.tensor_split(max(1, -(-largest // EVALUATION_BATCH_SIZE))):
+                self._cluster.recorder.beat()
                 inputs, labels = self.held_out.batch(piece, self._dtype)
                 if (output := forward(inputs)) is not None:
                     sums[0] += F.nll_loss(output.double(), labels, reduction="sum")

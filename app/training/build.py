@@ -11,13 +11,23 @@ from app.parallel.zero import Zero
 from app.tasks.classify import Classify
 from app.training.loop import Trainer
 from app.training.optim import build_optimizer
+from app.training.position import Handover
 from app.training.run_folder import RunFolder
 
 
 def build_trainer(
-    cluster: Cluster, settings: Settings, task: Classify, folder: RunFolder, resume: bool = False
+    cluster: Cluster,
+    settings: Settings,
+    task: Classify,
+    folder: RunFolder,
+    resume: bool = False,
+    handover: Handover | None = None,
 ) -> Trainer:
     """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
+
+    Args:
+        resume: go on from the last checkpoint in `folder`.
+        handover: go on from this.
 
     Raises:
         SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
@@ -26,7 +36,7 @@ def build_trainer(
     layout = Layout.of(settings, cluster.rank, cluster.size)
     strategy = build_strategy(cluster, settings, task, layout)
     give_freed_memory_back()
-    return Trainer(cluster, settings, task, strategy, layout, folder, resume)
+    return Trainer(cluster, settings, task, strategy, layout, folder, resume, handover)
 
 
 def build_strategy(cluster: Cluster, settings: Settings, task: Classify, layout: Layout) -> Strategy:

@@ -1,6 +1,7 @@
 """Writes checkpoints while training goes on."""
 
 import threading
+import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,8 @@ from app.config import CheckpointSettings
 from app.parallel.parts import State
 from app.training.checkpoint import FOLDER, Written, commit, discard, discard_leftovers, write_parts
 from app.training.run_folder import flush_folder, storage_errors
+
+GUESSED_BYTES_PER_SECOND = 1e8  # of one rank's, to a shared folder
 
 
 class CheckpointWriter:
@@ -38,6 +41,7 @@ class CheckpointWriter:
         self._snapshot: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._longest_seconds = 0.0
         self._copied = threading.Event()
         self._copied.set()
         ranks.on_root(self._prepare)
@@ -69,6 +73,10 @@ class CheckpointWriter:
         copied_now = self._copy(now)
         later = {name: part for name, part in state.items() if name not in volatile}
         self._writing = self._thread.submit(self._copy_and_write, step, copied_now, later, dict(counters))
+
+    def seconds_to_save(self, num_bytes: int) -> float:
+        """How long this rank needs for a checkpoint: the longest that it took, or a guess from what it has to write."""
+        return self._longest_seconds or 1.0 + num_bytes / GUESSED_BYTES_PER_SECOND
 
     def wait_for_copy(self) -> None:
         """Until nothing needs the tensors of the last `save` any more: a moment."""
@@ -102,6 +110,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: State, counters: Mapping[str, Any]) -> None:
         """Collective, from this thread: all ranks write, then rank 0 commits."""
+        started = time.perf_counter()
         mine: Written | StorageError
         try:
             mine = write_parts(self._folder, step, state, self._ranks.rank)
@@ -117,3 +126,4 @@ class CheckpointWriter:
             commit(self._folder, step, parts, counters, self._settings.keep)
         elif isinstance(mine, StorageError):
             raise mine
+        self._longest_seconds = max(self._longest_seconds, time.perf_counter() - started)

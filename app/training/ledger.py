@@ -6,6 +6,7 @@ resumed at update s replaces whatever earlier attempts had done from s on: that 
 last attempt only the updates count that every rank has written down: the others were lost, too, or go on.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,17 @@ FOLDER = "ledger"
 class Ledger:
     """What this rank writes in one attempt. `path` None keeps no ledger."""
 
-    def __init__(self, path: Path | None, num_samples: int) -> None:
-        """Raises StorageError where the file cannot be made."""
+    def __init__(self, path: Path | None, num_samples: int, ahead: bool = False) -> None:
+        """
+        Args:
+            ahead: write an update down before it is done, not after: what others learn from this rank's samples must
+                not be lost with it.
+
+        Raises:
+            StorageError: the file cannot be made.
+        """
         self._file = None
+        self._ahead = ahead
         if path:
             with storage_errors():
                 path.parent.mkdir(exist_ok=True)
@@ -36,8 +45,20 @@ class Ledger:
         """The file of one rank in attempt 0, 1, ..., which begins after `start` updates."""
         return run / FOLDER / f"{attempt:06d}-{start:012d}-{rank:06d}.bin"
 
+    def announce(self, update: int, epoch: int, ids: Ids) -> None:
+        """These samples are about to be learned from on this rank, if all goes well: before gradients are summed."""
+        if self._file and self._ahead:
+            self._write(update, epoch, ids, skipped=False)
+            with storage_errors():
+                self._file.flush()
+                os.fdatasync(self._file.fileno())  # a node may be lost, too
+
     def record(self, update: int, epoch: int, ids: Ids, skipped: bool = False) -> None:
         """These samples were learned from on this rank in this update, or passed over with it."""
+        if not self._ahead:
+            self._write(update, epoch, ids, skipped)
+
+    def _write(self, update: int, epoch: int, ids: Ids, skipped: bool) -> None:
         if self._file:
             with storage_errors():
                 self._file.write(np.concatenate([[update, epoch, skipped, len(ids)], ids]).astype("<i8").tobytes())

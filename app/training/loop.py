@@ -3,48 +3,29 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, NoReturn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import LockstepError, NonFiniteError, SettingsError, StorageError
+from app.cluster.failure import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
+from app.cluster.stop import StopVote, voting
 from app.config import Settings
 from app.data.loader import Batch
 from app.parallel.layout import Layout
 from app.parallel.strategy import Strategy
 from app.tasks.classify import Classify, Evaluation
-from app.training.checkpoint import latest_checkpoint
+from app.training.checkpoint import Checkpoint, latest_checkpoint
 from app.training.checkpoint_writer import CheckpointWriter
 from app.training.journal import Journal, RootJournal
 from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
 from app.training.optim import learning_rate_at, learning_rate_scale, set_learning_rate
+from app.training.position import Handover, Progress
 from app.training.run_folder import RunFolder
 from app.training.seeding import random_state_digest, update_seed
 
 COMPUTED_ALIKE = ("channels_last", "compile")  # settings of a model that change how, not what it computes
-
-
-@dataclass
-class Progress:
-    """How far a run is: what its checkpoints count, beside the loader's position.
-
-    Attributes:
-        step: updates, skipped ones included.
-        num_images: samples of those updates, over all ranks and epochs.
-        num_skipped: updates that were skipped because they were not finite.
-        seconds: of the updates alone, without evaluation.
-    """
-
-    step: int = 0
-    num_images: int = 0
-    num_skipped: int = 0
-    seconds: float = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        return self.num_images / max(self.seconds, 1e-9)
 
 
 class Trainer:
@@ -55,6 +36,8 @@ class Trainer:
         strategy: where the model lives.
         loader: this rank's part of the training data, at the run's position.
         progress: how far the run is.
+        window: what this rank counts for the next log line.
+        folder: where it leaves its files.
         writer: of checkpoints.
     """
 
@@ -67,8 +50,9 @@ class Trainer:
         layout: Layout,
         folder: RunFolder,
         resume: bool,
+        handover: Handover | None = None,
     ) -> None:
-        """Collective: `resume` goes on from the last whole checkpoint in `folder`, if there is one.
+        """Collective: go on from `handover`; with `resume` from the last whole checkpoint in `folder`, if there is one.
 
         Raises:
             StorageError: on every rank: there are checkpoints, and none of them is whole.
@@ -77,47 +61,95 @@ class Trainer:
         self._settings = settings
         self.task = task
         self.strategy = strategy
-        self._folder = folder
+        self.folder = folder
         self._layout = layout
         self.loader = task.build_loader(layout.replica, layout.num_replicas)
         self._num_updates = settings.num_epochs * self.loader.batches_per_epoch
-        self._window = Window(cluster.device)
+        self.window = Window(cluster.device)
         self.progress = Progress()
-        mark = self._resume() if resume else 0
+        self._saved_step = -1
+        mark = self._resume(handover) if handover or resume else 0
+        self._repeats_checkpoint = handover is not None and self._checkpoint_is_due()
         if self.progress.step == 0:
             strategy.synchronise()
         attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
         ledger = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank) if settings.proof.ledger else None
-        self._ledger = Ledger(ledger, self.loader.num_samples)
+        self._ledger = Ledger(ledger, self.loader.num_samples, ahead=cluster.is_elastic)
+        if cluster.is_elastic:
+            cluster.barrier()  # no update counts before every rank can write it down
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
         self._journal = Journal()
         if cluster.is_root:
             self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark)
 
-    def train(self) -> Evaluation:
+    def train(self, stop: StopVote | None = None) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` batches; then the evaluation.
 
         The line's loss is that of the named global batch, as in the seed; metrics.jsonl has the mean since the line
         before.
 
+        Args:
+            stop: asked after each update.
+
         Raises:
             NonFiniteError, ReplicasDifferError: on every rank.
+            StoppedError: on every rank: `stop` said so, and the run has saved what it needs to go on.
             StorageError: on the rank that cannot write.
         """
         every = self._settings.evaluate_every
         evaluation = None
-        with self._journal, contextlib.closing(self._ledger), self._finishing_to_write():
+        with self._journal, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
+            if self._repeats_checkpoint:  # the ranks before may not have come to it
+                self.checkpoint()
             for epoch in range(self.loader.epoch, self._settings.num_epochs):
-                for batch in self.loader.rest_of_epoch():
+                for batch in self._batches():
                     self.update(batch)
+                    if stop and (reason := stop.reason(self._seconds_to_stop())):
+                        self._stop(reason)
                 evaluation = None
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
                     self._journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
             if evaluation is None:
                 evaluation = self._evaluate(self._settings.num_epochs - 1)
+            self._enter("checkpoint")
             self.writer.wait()
         return evaluation
+
+    def _batches(self) -> Iterator[Batch]:
+        """The rest of the epoch, on the record."""
+        batches = self.loader.rest_of_epoch()
+        while True:
+            self._enter("data loading", self.progress.step + 1)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _seconds_to_stop(self) -> float:
+        """What this rank needs from a boundary between updates to its end: a checkpoint that may just be on its way,
+        another one, and the margin.
+        """
+        return 2 * self.writer.seconds_to_save(self._bytes_to_save) + self._settings.stop.margin_seconds
+
+    @cached_property
+    def _bytes_to_save(self) -> int:
+        return sum(part.values.nbytes for part in self.strategy.saved_state().values())
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Collective: save, if that was not just done, and leave."""
+        step = self.progress.step
+        if self._saved_step != step:
+            self.checkpoint()
+        self.writer.wait()
+        left = self._num_updates - step
+        raise StoppedError(
+            f"stopped by {reason} after update {step} of {self._num_updates}, which is saved: {left} are left. Go on "
+            f"with the same command and --resume --run_dir {self.folder.path}"
+        ).on_all_ranks()
+
+    def _enter(self, phase: str, update: int | None = None) -> None:
+        self._cluster.recorder.enter(phase, update)
 
     @contextlib.contextmanager
     def _finishing_to_write(self) -> Iterator[None]:
@@ -138,9 +170,12 @@ class Trainer:
         learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, num_shards)
         set_learning_rate(self.strategy.optimizer, learning_rate)
         seed = update_seed(settings.seed, progress.step, self._layout.replica)
+        ids = batch.ids if self._layout.counts_samples else batch.ids[:0]
+        self._ledger.announce(progress.step, self.loader.epoch, ids)
         skipped = False
+        self._enter("forward and backward pass", progress.step + 1)
         try:
-            self._window.add(self.strategy.update(batch, self.task, seed, self.writer.wait_for_copy))
+            self.window.add(self.strategy.update(batch, self.task, seed, self.writer.wait_for_copy))
         except NonFiniteError as error:
             if settings.proof.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
@@ -148,24 +183,23 @@ class Trainer:
             skipped = True
             progress.num_skipped += 1
             self._journal.say(f"Update {progress.step + 1} is skipped: {error}")
-        ids = batch.ids if self._layout.counts_samples else batch.ids[:0]
+        self._enter("keeping of accounts")
         self._ledger.record(progress.step, self.loader.epoch, ids, skipped)
         progress.step += 1
         progress.num_images += batch.global_size
         self._journal.advance(progress.step)
         if _is_due(progress.step, settings.proof.sentinel_interval):
             self.strategy.compare(f"after update {progress.step}")
-        is_last = progress.step == self._num_updates
         is_line = batch.index % settings.log_interval == 0
-        if is_line or is_last:
+        if is_line or progress.step == self._num_updates:
             self._log(batch, learning_rate, is_line)
         progress.seconds += time.perf_counter() - started
-        if _is_due(progress.step, settings.checkpoint.interval) or (is_last and settings.checkpoint.interval):
+        if self._checkpoint_is_due():
             self.checkpoint()
 
     def _log(self, batch: Batch, learning_rate: float, is_line: bool) -> None:
         """Collective: one reduction."""
-        mean, last = self._window.reduce(self._cluster)
+        mean, last = self.window.reduce(self._cluster)
         if mean.num_samples == 0:  # every update since the last line was skipped
             return
         epoch = self.loader.epoch
@@ -175,6 +209,7 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> Evaluation:
         """Collective."""
+        self._enter("evaluation")
         strategy, layout = self.strategy, self._layout
         forward = partial(strategy.forward, self.task)
         evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
@@ -183,19 +218,28 @@ class Trainer:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
+    def _checkpoint_is_due(self) -> bool:
+        step, interval = self.progress.step, self._settings.checkpoint.interval
+        return _is_due(step, interval) or (interval > 0 and step == self._num_updates)
+
+    def position(self) -> dict[str, Any]:
+        """What all ranks count alike in a checkpoint, after the last update that was done."""
+        epoch, consumed = self.loader.position_after(self.progress.step)
+        progress = asdict(self.progress)
+        return {"progress": progress, "epoch": epoch, "consumed": consumed, "must_stay": self._must_stay()}
+
     def checkpoint(self) -> None:
         """Collective: every rank writes its part of what all need to go on, exactly as if they had never stopped."""
+        self._enter("checkpoint")
+        self._saved_step = self.progress.step
         self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
         random_state = random_state_digest(self._cluster.device)
-        of_ranks = self._cluster.all_gather_object((self._window.tally(), random_state))
+        of_ranks = self._cluster.all_gather_object((self.window.tally(), random_state))
         counters: dict[str, Any] = {
-            "progress": asdict(self.progress),
-            "epoch": self.loader.epoch,
-            "consumed": self.loader.consumed,
+            **self.position(),
             "metrics_mark": self._journal.mark(),
             "window_of_ranks": [tally for tally, _ in of_ranks],
             "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
-            "must_stay": self._must_stay(),
         }
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
 
@@ -217,11 +261,13 @@ class Trainer:
             "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._layout.num_replicas),
         }
 
-    def _resume(self) -> int:
-        """Collective: go on from the last whole checkpoint, if there is one; the `mark` of the journal there."""
-        found = self._cluster.on_root(lambda: latest_checkpoint(self._folder.path, tell=self._tell))
+    def _resume(self, handover: Handover | None) -> int:
+        """Collective: go on from `handover`, or from the last whole checkpoint; the `mark` of the journal there."""
+        found: Checkpoint | Handover | None = handover
         if found is None:
-            self._tell(f"{self._folder.path} has no checkpoint yet: the run begins at update 0")
+            found = self._cluster.on_root(lambda: latest_checkpoint(self.folder.path, tell=self._tell))
+        if found is None:
+            self._tell(f"{self.folder.path} has no checkpoint yet: the run begins at update 0")
             return 0
         counters = found.counters
         for name, now in self._must_stay().items():
@@ -231,8 +277,9 @@ class Trainer:
                 raise SettingsError(message).on_all_ranks()
         self.strategy.load_state(found)
         self.progress = Progress(**counters["progress"])
+        self._saved_step = -1 if handover else self.progress.step
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
-        self._window.restore(counters["window_of_ranks"], self._cluster)
+        self.window.restore(counters["window_of_ranks"], self._cluster)
         self._tell(f"Goes on after update {found.step} from {found.path}")
         return int(counters["metrics_mark"])
 

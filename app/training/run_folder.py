@@ -7,6 +7,7 @@ metrics.jsonl      one JSON object a log line
 checkpoints/       what to go on from (checkpoint.py)
 ledger/            which rank learned from which samples, if asked for (ledger.py)
 events.out...      the same for TensorBoard
+recorder/          each rank's last sign of life, and the verdict on a stall (cluster/recorder.py)
 curves.png         loss and accuracy
 model.safetensors  the merged model
 summary.json       how it ended
@@ -17,6 +18,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -106,6 +108,23 @@ class RunFolder:
         if not finished:
             raise StorageError(f"{path} is not the folder of a finished run: it holds no {MODEL}")
         return folder
+
+    def begin_recording(self) -> None:
+        """An empty recorder/; the one before becomes recorder.before/.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        with storage_errors():
+            before = self.recorder.with_suffix(".before")
+            if self.recorder.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                self.recorder.rename(before)
+            self.recorder.mkdir()
+
+    @property
+    def recorder(self) -> Path:
+        return self.path / "recorder"
 
     @property
     def metrics(self) -> Path:

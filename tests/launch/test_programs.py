@@ -117,15 +117,6 @@ def test_an_unexpected_error_is_told_once_and_ends_all_ranks(failing: str, tmp_p
     assert f"lockstep: rank {rank}:" in finished.stderr
 
 
-def test_a_launcher_that_mpi_knows_nothing_of_is_refused(tmp_path: Path) -> None:
-    """Under Gloo each process is alone as far as MPI is concerned: it must not train on its own."""
-    finished = launch(f"horovodrun --gloo -np 2 python {shlex.quote(str(TRAIN))} {QUICK}", cwd=tmp_path)
-    assert finished.returncode == 2, finished.output
-    (complaint,) = _complaints(finished)
-    assert "Horovod sees 2 ranks and MPI sees 1" in complaint
-    assert not (tmp_path / "runs").exists()
-
-
 def test_three_ranks_end_with_the_weights_of_one(tmp_path: Path) -> None:
     """Promise 1 through the program itself: a global batch that 3 does not divide, float64, dropout off."""
     exact = f"{QUICK} --data.batch_size 20 --precision float64 --model.dropout1 0 --model.dropout2 0 --log_interval 1"

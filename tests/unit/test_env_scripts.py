@@ -144,7 +144,7 @@ def test_a_modules_libmpi_does_not_hide_the_wheels(clone: Environment, shell: st
 @pytest.mark.parametrize("shell", SHELLS)
 def test_ranks_may_outnumber_cores_only_where_no_scheduler_counts_them(clone: Environment, shell: str) -> None:
     laptop = source(clone, shell, "")
-    assert laptop["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
+    assert laptop["PRTE_MCA_rmaps_default_mapping_policy"] == "slot:oversubscribe"
     assert laptop["OMPI_MCA_rmaps_base_oversubscribe"] == "1"
     for name in BATCH:
         assert "PRTE_MCA_rmaps_default_mapping_policy" not in source(clone, shell, "", **{name: "1"})

@@ -31,7 +31,8 @@ HOROVOD = {
     "horovod/runner/mpi_run.py": "_OMPI_FLAGS = ['-mca pml ob1', '-mca btl ^openib']\n"
     "def flags():\n    return list(_OMPI_FLAGS), list(_NO_BINDING_ARGS), _OMPI_IMPL\n"
     "ssh = f'-mca plm_rsh_args'\nnics = '-mca btl_tcp_if_include'\n"
-    "tree = '-mca plm_rsh_no_tree_spawn true'\nmany = '-mca plm_rsh_num_concurrent {}'\n",
+    "tree = '-mca plm_rsh_no_tree_spawn true'\nmany = '-mca plm_rsh_num_concurrent {}'\n"
+    "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)\n",
     "horovod/runner/gloo_run.py": "def launch_gloo(res, settings):\n"
     "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
     "        exit_code, timestamp = value\n"
@@ -56,6 +57,7 @@ def test_patches_change_what_they_should(source: Path) -> None:
     mpi_run = (source / "horovod/runner/mpi_run.py").read_text()
     assert "'-mca" not in mpi_run
     assert "['--bind-to none', '--map-by slot']" in mpi_run
+    assert "'exec ' + mpirun_command" in mpi_run
     assert "distutils" not in (source / "horovod/runner/js_run.py").read_text()
     for name in ("setup.py", "horovod/runner/mpi_run.py", "horovod/runner/js_run.py", "horovod/runner/gloo_run.py"):
         compile((source / name).read_text(), name, "exec")
