@@ -3,16 +3,21 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # As it was before this process itself became an MPI process; and on the CPU, since a test has more ranks than GPUs.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+across_nodes = pytest.mark.skipif(
+    " " in f"{ROOT}{sys.prefix}", reason="Open MPI does not quote its own path, which has a blank, for other nodes"
+)
 
 
 class DidNotEndError(AssertionError):

@@ -6,9 +6,7 @@ where others have not. All go on from the state of one that has done most: the m
 """
 
 import contextlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from app.cluster.comm import Cluster
 from app.cluster.elastic import CUT_SHORT
 from app.cluster.failure import SettingsError, StorageError
 from app.config import Settings
+from app.training.journal import mark_after
 from app.training.loop import Trainer
 from app.training.position import Handover
 from app.training.run_folder import RunFolder
@@ -124,22 +123,3 @@ def check_elastic(settings: Settings) -> None:
     for why, is_so in refused.items():
         if is_so:
             raise SettingsError(f"this job is elastic, and {why}").on_all_ranks()
-
-
-def mark_after(metrics: Path, step: int) -> int:
-    """The `mark` of a journal whose last writer is gone: how many bytes of `metrics` come before what was recorded
-    after update `step`, or will be recorded anew.
-    """
-    if not metrics.exists():
-        return 0
-    mark = 0
-    for line in metrics.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            is_before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
-        except (ValueError, KeyError, TypeError):  # cut short
-            break
-        if not (is_before and line.endswith(b"\n")):
-            break
-        mark += len(line)
-    return mark

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -106,3 +107,22 @@ class RootJournal(Journal):
 
     def mark(self) -> int:
         return self._metrics.tell()
+
+
+def mark_after(metrics: Path, step: int) -> int:
+    """The `mark` of a journal whose last writer is gone: how many bytes of `metrics` come before what was recorded
+    after update `step`, or will be recorded anew.
+    """
+    if not metrics.exists():
+        return 0
+    mark = 0
+    for line in metrics.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            is_before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
+        except (ValueError, KeyError, TypeError):  # cut short
+            break
+        if not (is_before and line.endswith(b"\n")):
+            break
+        mark += len(line)
+    return mark

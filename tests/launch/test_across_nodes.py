@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, across_nodes, launch
 from tests.slurm_cluster import SlurmCluster
 
 QUICK = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
 COMMANDS = re.findall(r"^env/run \w+ .*-H .*train\.py$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
 
 
+@across_nodes
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
 def test_two_nodes_over_ssh(command: str, slurm: SlurmCluster, tmp_path: Path) -> None:
     ready = launch("env/run true", timeout_seconds=800)  # if anything is to be built, then not where no network is

@@ -101,7 +101,7 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     assert get_version, "ncclGetVersion is compiled in another way"
     content[get_version.start(1) : get_version.end(1)] = (21805).to_bytes(4, "little")
     (tmp_path / "libnccl.so.2").write_bytes(content)
-    finished = see_the_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {library}"), tmp_path)
+    finished = see_the_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {shlex.quote(str(library))}"), tmp_path)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["NCCL"]

@@ -13,7 +13,7 @@ import pytest
 
 from app.cluster.installation import read_installation
 from tests.launch.doctor import PYTHON, as_root, faults_of, launch_line_of, see_the_doctor
-from tests.launching import ROOT, Finished
+from tests.launching import ROOT, Finished, across_nodes
 from tests.slurm_cluster import SlurmCluster
 
 
@@ -35,6 +35,7 @@ def _computing_on(cpus: list[int], num_processes: int) -> Iterator[None]:
             process.wait()
 
 
+@across_nodes
 @as_root
 def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
     finished = _on_two_nodes(PYTHON, tmp_path)
@@ -46,6 +47,7 @@ def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
     assert launch_line_of(finished) == "mpirun -np 2 --host node0:1,node1:1 python app/train.py"
 
 
+@across_nodes
 @as_root
 def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path: Path) -> None:
     """/dev/shm is each node's own; Python's clock on node1 is half a minute ahead."""
@@ -64,6 +66,7 @@ def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path:
     assert "between node0 and node1: 0.0" in faults["links"]
 
 
+@across_nodes
 @as_root
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_a_slow_node_is_named(tmp_path: Path) -> None:

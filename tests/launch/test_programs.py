@@ -35,7 +35,15 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.output
     assert _complaints(finished) == []
     names = {re.sub(r"tfevents\..*", "tfevents", path.name) for path in (tmp_path / "run").iterdir()}
-    kept = {".lock", "settings.yaml", "environment.json", "metrics.jsonl", "events.out.tfevents", "checkpoints"}
+    kept = {
+        ".lock",
+        "settings.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "events.out.tfevents",
+        "checkpoints",
+        "recorder",
+    }
     assert names == kept | {"curves.png", "model.safetensors", "summary.json"}
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     num_ranks = 1 if launcher == "python" else 2

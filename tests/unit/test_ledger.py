@@ -112,3 +112,33 @@ def test_no_ledger_is_told(tmp_path: Path) -> None:
     silent.flush()
     silent.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_lost_rank_has_announced_counts_only_if_it_was_done(tmp_path: Path) -> None:
+    """Three ranks write update 2 down; rank 2 is killed in the midst of it, rank 1 before it could write all of it."""
+    _attempt(tmp_path, 0, start=0, stop=2, num_ranks=3)
+    parts = np.array_split(BATCHES[2], 3)
+    for rank in range(3):
+        path = Ledger.path(tmp_path, 1, 2, rank)
+        ledger = Ledger(path, num_samples=12, ahead=True)
+        ledger.announce(2, 0, parts[rank])
+        assert path.stat().st_size == 8 * (1 + 4 + 1)  # at once: nothing more comes from a rank that is killed
+        ledger.record(2, 0, parts[rank])
+        ledger.announce(3, 0, np.array_split(BATCHES[3], 3)[rank])
+        ledger.close()
+        if rank == 1:
+            path.write_bytes(path.read_bytes()[:-3])
+    (account,) = read_ledger(tmp_path)
+    assert (account.num_used, account.is_exact_so_far) == (9, True)
+    _attempt(tmp_path, 2, start=3, stop=4, num_ranks=2)
+    (account,) = read_ledger(tmp_path)
+    assert account.is_exact
+
+
+def test_a_rank_that_is_lost_before_its_first_update_leaves_no_update(tmp_path: Path) -> None:
+    for rank in range(2):
+        ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank), num_samples=12, ahead=True)
+        if rank == 0:
+            ledger.announce(0, 0, BATCHES[0])
+        ledger.close()
+    assert read_ledger(tmp_path) == []

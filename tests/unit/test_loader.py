@@ -68,3 +68,14 @@ def test_pixels_are_normalised_as_in_the_seed() -> None:
     assert np.array_equal(batch.inputs.numpy(), expected)
     assert batch.inputs.dtype == torch.float32
     assert torch.equal(batch.targets, DATA.labels[torch.from_numpy(batch.ids)])
+
+
+def test_the_position_after_a_number_of_batches_is_where_the_loader_is_then() -> None:
+    loader = _loader()
+    assert loader.position_after(0) == (0, 0)
+    num_batches = 0
+    for _ in range(3):
+        for _ in loader.rest_of_epoch():
+            num_batches += 1
+            assert loader.position_after(num_batches) == (loader.epoch, loader.consumed)
+    assert num_batches == 3 * 7
