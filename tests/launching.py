@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def launch(
         _kill(process)
         raise
     return Finished(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def running(parent: psutil.Process, script: Path) -> list[psutil.Process]:
+    """The Python processes below `parent` that run `script`: its ranks."""
+    found = []
+    for child in parent.children(recursive=True):
+        with suppress(psutil.Error):  # it has ended, and nobody has asked for its exit code
+            if child.cmdline()[1:2] == [str(script)]:
+                found.append(child)
+    return found
 
 
 def _kill(process: subprocess.Popen[str]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from app.training.checkpoint import list_checkpoints
-from tests.launching import ENVIRONMENT, ROOT, launch
+from tests.launching import ENVIRONMENT, ROOT, launch, running
 
 TRAIN = ROOT / "app" / "train.py"
 LAUNCH = f"horovodrun -np 2 python {shlex.quote(str(TRAIN))}"
@@ -30,7 +30,7 @@ def _kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
             time.sleep(0.02)
         time.sleep(0.2)
     finally:
-        ranks = [child for child in process.children(recursive=True) if child.cmdline()[1:2] == [str(TRAIN)]]
+        ranks = running(process, TRAIN)
         for rank in ranks:
             rank.kill()
         psutil.wait_procs([*ranks, process], timeout=30)

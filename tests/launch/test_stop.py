@@ -10,9 +10,10 @@ import psutil
 import pytest
 
 from app.training.checkpoint import list_checkpoints
-from tests.launching import ENVIRONMENT, ROOT, launch
+from tests.launching import ENVIRONMENT, ROOT, launch, running
 
-TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
+TRAIN = ROOT / "app" / "train.py"
+COMMAND = f"python {shlex.quote(str(TRAIN))}"
 LONG = "--num_epochs 1000 --run_dir run --stop.margin_seconds 2"
 
 
@@ -20,12 +21,12 @@ def test_a_run_ends_before_its_job_does_and_goes_on_in_the_next(tmp_path: Path) 
     """No signal: the clock alone."""
     end = time.time() + 25
     environment = {"LOCKSTEP_JOB_END_TIME": f"{end:.0f}"}
-    stopped = launch(f"mpirun -np 2 python {TRAIN} {LONG}", cwd=tmp_path, environment=environment)
+    stopped = launch(f"mpirun -np 2 {COMMAND} {LONG}", cwd=tmp_path, environment=environment)
     assert time.time() < end
     assert stopped.returncode == 75, stopped.output
     (update,) = re.findall(r"stopped by the end of the job's time after update (\d+) of 63000", stopped.stderr)
     assert int(list_checkpoints(tmp_path / "run")[-1].name) == int(update) > 0
-    resumed = launch(f"mpirun -np 2 python {TRAIN} --resume --run_dir run --stop.after_minutes 0.3", cwd=tmp_path)
+    resumed = launch(f"mpirun -np 2 {COMMAND} --resume --run_dir run --stop.after_minutes 0.3", cwd=tmp_path)
     assert resumed.returncode == 75, resumed.output
     assert f"Goes on after update {update} " in resumed.stdout
     assert int(list_checkpoints(tmp_path / "run")[-1].name) > int(update)
@@ -33,18 +34,18 @@ def test_a_run_ends_before_its_job_does_and_goes_on_in_the_next(tmp_path: Path) 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_path: Path) -> None:
-    command = shlex.split(f"{launcher} -np 2 python {TRAIN} {LONG} --checkpoint.interval 0")
+    command = shlex.split(f"{launcher} -np 2 {COMMAND} {LONG} --checkpoint.interval 0")
+    metrics = tmp_path / "run" / "metrics.jsonl"
     with (tmp_path / "output").open("w+") as output:
+        ranks: list[psutil.Process] = []
         process = psutil.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=output, stderr=output, stdin=-3)
         try:
             deadline = time.monotonic() + 60
-            while (
-                not (tmp_path / "run" / "metrics.jsonl").exists()
-                or not (tmp_path / "run" / "metrics.jsonl").stat().st_size
-            ):
+            while not metrics.exists() or not metrics.stat().st_size:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-            ranks = [child for child in process.children(recursive=True) if "train.py" in " ".join(child.cmdline())]
+            ranks = running(process, TRAIN)
+            assert len(ranks) == 2
             process.send_signal(signal.SIGUSR1)
             code = process.wait(30)
             _, alive = psutil.wait_procs(ranks, timeout=5)
