@@ -37,6 +37,7 @@ from app.training.seeding import make_deterministic
 from app.training.tensor_file import TensorFileWriter
 
 TOLD_IF_LOST = 0.05  # of the ranks' time
+SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
 
 
 def main(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
@@ -66,28 +67,25 @@ def train(
     prepare: Callable[[Trainer], None] | None = None,
 ) -> None:
     """Collective: from the beginning, from a checkpoint or from where an earlier crew was, to the merged model."""
-    run = relay.run_of(cluster)
-    settings, resume = (run.settings, run.resume) if run else cluster.on_root(parse_settings)
+    known = relay.run_of(cluster)
+    settings, resume = (known.settings, known.resume) if known else cluster.on_root(parse_settings)
     if cluster.is_elastic:
         check_elastic(settings)
     if settings.proof.deterministic:
         make_deterministic()
     task = Classify(settings, cluster)
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
-    if run:
-        folder = run.folder
-    else:
-        folder = cluster.on_root(lambda: RunFolder.reopen(settings) if resume else RunFolder.create(settings))
-    relay.run = Run(settings, resume, folder)
+    run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
+    folder = run.folder
     with contextlib.ExitStack() as stack:
-        cluster.on_root(lambda: stack.enter_context(folder.locked()))
+        cluster.on_root(lambda: stack.enter_context(folder.locked(SECONDS_FOR_A_LOCK if known else 0.0)))
         cluster.on_root(folder.begin_recording)
         watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds))
         stack.callback(watchdog.close)
         inventory = take_inventory(cluster)
         if cluster.is_root:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, resume, relay.take_over(cluster))
+        trainer = build_trainer(cluster, settings, task, folder, run.resume, relay.take_over(cluster))
         relay.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory))
         if prepare:

@@ -127,11 +127,7 @@ class Cluster(Ranks):
         Horovod starts anew with a process set for each group: sets that are added later would cost a collective in
         each of its cycles. Clusters of an earlier split are invalid from then on.
         """
-        if isinstance(self._mpi, GlooCommunicator):
-            raise SettingsError(
-                "the stages of a pipeline send each other messages, and Horovod over Gloo has none: start it with "
-                "mpirun, or with horovodrun without --gloo"
-            ).on_all_ranks()
+        self._require_mpi("the stages of a pipeline send each other messages")
         group = next(group for group in groups if self.rank in group)
         mine = hvd.global_process_set
         if 1 < len(group) < self.size:
@@ -141,6 +137,11 @@ class Cluster(Ranks):
             mine = sets[list(groups).index(group)]
         mpi = MPI.Intracomm(self._mpi.Split(min(group), self.rank))
         return replace(self, rank=mpi.rank, size=mpi.size, _mpi=mpi, _set=mine)
+
+    def _require_mpi(self, why: str) -> None:
+        if isinstance(self._mpi, GlooCommunicator):
+            message = f"{why}, which needs MPI: start this with mpirun, or with horovodrun without --gloo"
+            raise SettingsError(message).on_all_ranks()
 
     def stop(self) -> None:
         """Collective: leave the job in good order."""
@@ -153,6 +154,7 @@ class Cluster(Ranks):
     @contextmanager
     def without_horovod(self) -> Iterator[None]:
         """Collective: Horovod's thread rests inside, and its collectives cannot be used: for measuring without it."""
+        self._require_mpi("to measure without Horovod, the ranks must meet without it")
         hvd.shutdown()
         yield
         self.barrier()

@@ -25,6 +25,11 @@ def is_elastic() -> bool:
     return os.environ.get(ELASTIC) == "1"
 
 
+def job_name() -> str:
+    """The same for all workers of one Gloo job, from its beginning to its end, and another one for each job."""
+    return f"{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
+
+
 def find_place(asks: bool = False) -> None:
     """Collective over whoever is left and whoever comes: all have a place, and are there.
 

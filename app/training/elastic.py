@@ -7,6 +7,7 @@ where others have not. All go on from the state of one that has done most: the m
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ import torch
 from app.cluster.comm import Cluster
 from app.cluster.elastic import CUT_SHORT
 from app.cluster.failure import SettingsError, StorageError
+from app.cluster.rendezvous import job_name
 from app.config import Settings
+from app.settings import DEFAULT_RUN
 from app.training.journal import mark_after
 from app.training.loop import Trainer
 from app.training.position import Handover
 from app.training.run_folder import RunFolder
+
+JOB = ".job"  # in the run folder: which elastic job it belongs to
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,26 @@ class Run:
     settings: Settings
     resume: bool
     folder: RunFolder
+
+    @staticmethod
+    def open(settings: Settings, resume: bool, elastic: bool) -> "Run":
+        """On rank 0, where no worker knows of a run: one that begins; with `resume` one that goes on.
+
+        In an elastic job it may be that all who knew have been lost; then the folder tells.
+
+        Raises:
+            SettingsError: `run_dir` holds something already.
+            StorageError: the folder cannot be made or written.
+        """
+        if not elastic:
+            return Run(settings, resume, RunFolder.reopen(settings) if resume else RunFolder.create(settings))
+        left = Path(settings.run_dir) if settings.run_dir else DEFAULT_RUN.resolve()
+        with contextlib.suppress(OSError):
+            if (left / JOB).read_text() == job_name():
+                return Run(settings, True, RunFolder(left))
+        run = Run.open(settings, resume, elastic=False)
+        run.folder.write(JOB, job_name())
+        return run
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import safetensors
 from torch import Tensor
@@ -36,6 +36,7 @@ from app.training.tensor_file import TensorFileWriter
 
 MODEL = "model.safetensors"
 LOCK = ".lock"
+SECONDS_A_LOOK = 0.5  # for a lock
 
 
 class RunFolder:
@@ -78,21 +79,23 @@ class RunFolder:
         return folder
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
         """Nobody else writes here; the lock ends with the process, however it ends.
+
+        Args:
+            wait_seconds: for the lock of a process that has ended, which a file server may keep for a while.
 
         Raises:
             StorageError: another job does.
         """
         with storage_errors():
             lock = (self.path / LOCK).open("w")
+        give_up = time.monotonic() + wait_seconds
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(f"another job is training in {self.path}: wait for it, or end it") from None
-            except OSError:
-                pass  # a file system without locks
+            while not _is_ours(lock):
+                if time.monotonic() >= give_up:
+                    raise StorageError(f"another job is training in {self.path}: wait for it, or end it")
+                time.sleep(SECONDS_A_LOOK)
             yield
 
     @staticmethod
@@ -195,6 +198,16 @@ def storage_errors() -> Iterator[None]:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         raise StorageError(f"{error}: the folder must be yours to write, on a disk that has space left") from error
+
+
+def _is_ours(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 def _new_folder_by_time() -> Path:

@@ -227,7 +227,7 @@ def test_a_mistake_over_gloo_is_told_once_with_its_exit_code(tmp_path: Path) -> 
     finished = _over_gloo("--parallel pipeline", tmp_path)
     assert finished.returncode == 2, finished.output
     assert finished.stderr.count("lockstep:") == 1
-    assert "Horovod over Gloo has none" in finished.stderr
+    assert "needs MPI: start this with mpirun, or with horovodrun without --gloo" in finished.stderr
 
 
 def _root_of(run: Path) -> int:

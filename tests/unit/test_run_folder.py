@@ -1,6 +1,9 @@
 """What a run leaves behind, whole or not at all."""
 
+import contextlib
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,16 @@ def test_two_jobs_cannot_write_to_one_folder(tmp_path: Path) -> None:
         pass
     with folder.locked():
         pass
+
+
+def test_the_lock_of_one_that_has_ended_is_waited_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with contextlib.ExitStack() as other:
+        other.enter_context(folder.locked())
+        threading.Timer(0.7, other.close).start()
+        started = time.monotonic()
+        with folder.locked(wait_seconds=30):
+            assert 0.5 < time.monotonic() - started < 30
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
