@@ -37,7 +37,9 @@ def patches_for(cxx_standard: int) -> list[Patch]:
     standard = "the headers of current PyTorch need C++17 or C++20, Horovod asks for C++14"
     two_dashes = "Open MPI 5 rejects long options with one dash; versions 4 and 5 both take two"
     distutils = "Python 3.12 has no distutils"
-    mpi_run = "horovod/runner/mpi_run.py"
+    mpi_run, gloo_run = "horovod/runner/mpi_run.py", "horovod/runner/gloo_run.py"
+    elastic_driver, registration = "horovod/runner/elastic/driver.py", "horovod/runner/elastic/registration.py"
+    respawn = "elastic: a failed worker is started again if others of its host live on; they are not ended with it"
     return [
         # -- compiling
         Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {cxx_standard})", standard),
@@ -125,7 +127,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "a signal to horovodrun reaches mpirun, not a shell that dies of it and leaves the ranks running",
         ),
         Patch(
-            "horovod/runner/gloo_run.py",
+            gloo_run,
             "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
             "        exit_code, timestamp = value\n"
             "        if exit_code != 0:\n",
@@ -135,6 +137,64 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            sys.exit(exit_code)\n"
             "        if exit_code != 0:\n",
             "horovodrun --gloo ends with the exit code of the first rank that failed, as over MPI, and no traceback",
+        ),
+        # -- elastic jobs
+        Patch(
+            gloo_run,
+            "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
+            "            exit_code, timestamp = value\n",
+            "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
+            "            exit_code, timestamp = value\n"
+            "            if exit_code != 0 and not settings.run_func_mode:\n"
+            "                sys.exit(exit_code)\n",
+            "elastic: the same exit code, and no traceback",
+        ),
+        Patch(
+            gloo_run,
+            "        min_hosts = _get_min_start_hosts(settings)\n"
+            "        current_hosts = driver.wait_for_available_slots(settings.num_proc, min_hosts=min_hosts)\n",
+            "        current_hosts = driver.wait_for_available_slots(settings.num_proc)\n"
+            "        if network.filter_local_addresses(current_hosts.host_assignment_order):\n"
+            "            min_hosts = _get_min_start_hosts(settings)\n"
+            "            current_hosts = driver.wait_for_available_slots(settings.num_proc, min_hosts=min_hosts)\n",
+            "elastic: this machine alone is enough, without --network-interface",
+        ),
+        Patch(
+            registration,
+            "        self._reset_count = 0\n",
+            "        self._reset_count = 0\n        self._restarts = defaultdict(int)\n",
+            respawn,
+        ),
+        Patch(
+            registration,
+            "        for host, slot in failures:\n            self._host_manager.blacklist(host)\n",
+            "        alive = {host for host, slot in self.get(READY)}\n"
+            "        for host, slot in failures:\n"
+            "            self._restarts[host] += 1\n"
+            "            if host not in alive or self._restarts[host] > 10:\n"
+            "                self._host_manager.blacklist(host)\n",
+            respawn,
+        ),
+        Patch(
+            elastic_driver,
+            "import WorkerStateRegistry\n",
+            "import FAILURE, WorkerStateRegistry\n",
+            respawn,
+        ),
+        Patch(
+            elastic_driver,
+            "                            for slot_info in slots])\n",
+            "                            for slot_info in slots]) - self._worker_registry.get(FAILURE)\n",
+            respawn,
+        ),
+        Patch(
+            elastic_driver,
+            "        else:\n            rendezvous_id = self._worker_registry.record_failure(",
+            "        else:\n"
+            "            with self._rendezvous._httpd.cache_lock:\n"
+            "                self._rendezvous._httpd.cache.setdefault('lockstep', {})['again'] = b'yes'\n"
+            "            rendezvous_id = self._worker_registry.record_failure(",
+            "elastic: those who wait for a new worker hear at once that it has died (app/cluster/rendezvous.py)",
         ),
     ]
 

@@ -37,7 +37,27 @@ HOROVOD = {
     "    for name, value in sorted(res.items(), key=lambda item: item[1][1]):\n"
     "        exit_code, timestamp = value\n"
     "        if exit_code != 0:\n"
-    "            raise RuntimeError('Horovod detected')\n",
+    "            raise RuntimeError('Horovod detected')\n"
+    "def launch_gloo_elastic(res, settings):\n"
+    "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
+    "            exit_code, timestamp = value\n"
+    "def get_common_interfaces(driver):\n"
+    "        min_hosts = _get_min_start_hosts(settings)\n"
+    "        current_hosts = driver.wait_for_available_slots(settings.num_proc, min_hosts=min_hosts)\n",
+    "horovod/runner/elastic/registration.py": "def _on_workers_recorded(self):\n"
+    "        self._reset_count = 0\n"
+    "        for host, slot in failures:\n"
+    "            self._host_manager.blacklist(host)\n",
+    "horovod/runner/elastic/driver.py": "from horovod.runner.elastic.registration import WorkerStateRegistry\n"
+    "def _update_host_assignments(self):\n"
+    "        active_slots = set([(host, slot_info.local_rank)\n"
+    "                            for host, slots in self._host_assignments.items()\n"
+    "                            for slot_info in slots])\n"
+    "def _handle_worker_exit(self, slot_info, exit_code):\n"
+    "        if exit_code == 0:\n"
+    "            pass\n"
+    "        else:\n"
+    "            rendezvous_id = self._worker_registry.record_failure(slot_info.hostname, slot_info.local_rank)\n",
 }
 
 
@@ -59,7 +79,7 @@ def test_patches_change_what_they_should(source: Path) -> None:
     assert "['--bind-to none', '--map-by slot']" in mpi_run
     assert "'exec ' + mpirun_command" in mpi_run
     assert "distutils" not in (source / "horovod/runner/js_run.py").read_text()
-    for name in ("setup.py", "horovod/runner/mpi_run.py", "horovod/runner/js_run.py", "horovod/runner/gloo_run.py"):
+    for name in filter(lambda name: name.endswith(".py"), HOROVOD):
         compile((source / name).read_text(), name, "exec")
 
 
