@@ -1,6 +1,7 @@
 """The verdict on a stall, and the thread that comes to it."""
 
 import os
+import platform
 import signal
 import subprocess
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from app.cluster.failure import ExitCode
 from app.cluster.recorder import Heartbeat, Recorder, record_path
 from app.cluster.watchdog import bad_state, verdict
-from tests.launching import launch
+from tests.launching import ROOT, launch
 
 NOW = 1000.0
 LOADING = Heartbeat(3, 4, 103, "n2", 9, NOW - 61, 1234, "data loading", "gradient all-reduce", False, 5, NOW, "")
@@ -144,6 +145,23 @@ def test_a_process_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
             process.wait(2)
         process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
+
+
+def test_a_person_can_read_the_records(tmp_path: Path) -> None:
+    (tmp_path / "recorder").mkdir()
+    recorder = Recorder()
+    recorder.enter("evaluation", update=63)
+    recorder.keep_in(record_path(tmp_path / "recorder", 1), 1, 2)
+    (tmp_path / "recorder" / "verdict.txt").write_text("the job stalled. rank 1: evaluation\n")
+    command = ["python", str(ROOT / "app" / "postmortem.py")]
+    shown = launch([*command, str(tmp_path)])
+    assert shown.returncode == 0, shown.output
+    assert f"\u2502 1    \u2502 {platform.node()}" in shown.stdout
+    assert "evaluation of" in shown.stdout
+    assert shown.stdout.endswith("the job stalled. rank 1: evaluation\n")
+    nothing = launch([*command, str(tmp_path / "elsewhere")])
+    assert nothing.returncode == 5
+    assert "holds no record of any rank" in nothing.stderr
 
 
 def test_limit_0_records_and_does_not_watch(tmp_path: Path) -> None:
