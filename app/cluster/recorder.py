@@ -74,6 +74,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._record: bytearray | mmap.mmap = bytearray(SIZE)
+        self._descriptor: int | None = None
         self.num_events = 0
         self.seconds: dict[str, float] = {}
         self._phase = STARTING
@@ -93,6 +94,7 @@ class Recorder:
             file.write(bytes(mmap.PAGESIZE))  # blocks of its own: with a hole, a full disk would end in SIGBUS
             file.flush()
             self._record = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+            self._descriptor = os.dup(file.fileno())
         _IDENTITY.pack_into(self._record, 0, _MAGIC, rank, size, os.getpid(), platform.node().encode())
         self.enter(self._phase)
 
@@ -133,8 +135,8 @@ class Recorder:
     def notice(self, seen: str) -> None:
         """A stall was noticed; puts the record on the disk, where other nodes look for it."""
         _NOTICE.pack_into(self._record, _NOTICE_AT, time.time(), seen.encode())
-        if isinstance(self._record, mmap.mmap):
-            self._record.flush()
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)  # which, unlike the map's own flush, lets other threads run meanwhile
 
     def _account(self, next_one: str) -> None:
         now = time.time()

@@ -32,6 +32,7 @@ SECONDS_FOR_THE_OTHERS = (
     1.0  # between noticing a stall and the verdict: the others notice, too, and their stacks appear
 )
 SECONDS_TO_ABORT = 2.0  # after which a rank that the launcher does not reach ends itself
+SECONDS_AT_MOST = 10.0  # from noticing a stall to this rank's end
 
 
 class Watchdog:
@@ -90,6 +91,9 @@ class Watchdog:
                 return
 
     def _end_stall(self) -> None:
+        last_resort = threading.Timer(SECONDS_AT_MOST, os._exit, (ExitCode.STALLED,))  # if the folder hangs, too
+        last_resort.daemon = True
+        last_resort.start()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         here = platform.node()
         node_mates = [beat for beat in read_heartbeats(self._folder) if beat.host == here]
@@ -97,21 +101,27 @@ class Watchdog:
         self._recorder.notice(" ".join(f"{rank}:{state}" for rank, state in states.items() if state))
         time.sleep(SECONDS_FOR_THE_OTHERS + 0.1 * math.log2(1 + self._rank))
         heartbeats = read_heartbeats(self._folder)
-        if self._rank == min(beat.rank for beat in heartbeats if beat.noticed and beat.host == here):
+        is_first_here = self._rank <= min((b.rank for b in heartbeats if b.noticed and b.host == here), default=0)
+        if is_first_here:
             for beat in heartbeats:
                 if beat.host == here and not beat.noticed and states.get(beat.rank) is None:
                     with suppress(OSError):
                         os.kill(beat.pid, signal.SIGUSR2)  # its Python cannot do it
-        if self._claim():
-            text = verdict(heartbeats, time.time())
+        text = verdict(heartbeats, time.time())
+        if claims := self._claim():
             with suppress(OSError):
                 (self._folder / VERDICT).write_text(text + "\n")
-            where = f"Python stacks: {self._folder}/rank*.stacks; what each rank was at: python app/postmortem.py"
-            print(f"lockstep: {text}\n{where} {self._folder.parent}", file=sys.stderr, flush=True)
+            self._tell(text)
             # Not in this thread: an abort that finds the network cut does not come back.
             threading.Thread(target=self._abort, args=(ExitCode.STALLED,), daemon=True).start()
         time.sleep(SECONDS_TO_ABORT)
+        if is_first_here and not claims:  # that rank's abort did not come through, and neither may its words
+            self._tell(text)
         os._exit(ExitCode.STALLED)
+
+    def _tell(self, text: str) -> None:
+        where = f"Python stacks: {self._folder}/rank*.stacks; what each rank was at: python app/postmortem.py"
+        print(f"lockstep: {text}\n{where} {self._folder.parent}", file=sys.stderr, flush=True)
 
     def _claim(self) -> bool:
         """This rank is the one that speaks."""
