@@ -7,7 +7,7 @@ import pytest
 from tests.slurm_cluster import SlurmCluster, slurm_cluster, why_not_here
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """A real Slurm of two nodes, which share the tests' temporary folders. Skips where none can be made."""
     if reason := why_not_here():

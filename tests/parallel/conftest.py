@@ -46,9 +46,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    size = _world_size(item)
-    if size is None or REPORTS in os.environ:
+    if REPORTS in os.environ:
         return None
+    size = _world_size(item)
     terminal = item.config.pluginmanager.get_plugin("terminalreporter")
     known: Reports = item.session.__dict__.setdefault("world_reports", {})
     if item.nodeid not in known:
@@ -63,9 +63,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     return True
 
 
-def _world_size(item: pytest.Item) -> int | None:
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("world_size") is None:
+        raise pytest.UsageError(f"{item.nodeid} has no world_size: a test without ranks belongs in tests/unit")
+
+
+def _world_size(item: pytest.Item) -> int:
     marker = item.get_closest_marker("world_size")
-    return int(marker.args[0]) if marker else None
+    assert marker is not None
+    return int(marker.args[0])
 
 
 def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Reports:

@@ -1,6 +1,5 @@
-"""What workers hand on to the next crew; which settings an elastic job refuses."""
+"""What workers hand on to the next crew."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 from torch import nn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import SettingsError
-from app.config import DataSettings, GradientSettings, ModelSettings, ProofSettings, Settings
+from app.config import DataSettings, ModelSettings, Settings
 from app.parallel.buffers import Buffers
 from app.tasks.classify import Classify
 from app.training.build import build_trainer
-from app.training.elastic import Relay, Run, check_elastic
+from app.training.elastic import Relay, Run
 from app.training.loop import Trainer
 from app.training.run_folder import RunFolder
 from tests.parallel.building import whole_values
@@ -89,39 +87,3 @@ def test_what_a_broken_off_update_did_to_the_buffers_is_undone(cluster: Cluster)
     buffers.forget_changes()
     for name, buffer in norm.named_buffers():
         assert torch.equal(buffer, agreed[name]), name
-
-
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [
-        (replace(SETTINGS, parallel="zero3"), "parallel is zero3"),
-        (replace(SETTINGS, gradient=GradientSettings(reduction="adasum")), "adasum"),
-        (replace(SETTINGS, data=DataSettings(batch_size_per_rank=8)), "use data.batch_size"),
-        (replace(SETTINGS, proof=ProofSettings(ledger=True, non_finite="skip")), "proof.non_finite is skip"),
-    ],
-)
-def test_what_means_something_else_when_workers_come_and_go_is_refused(settings: Settings, why: str) -> None:
-    with pytest.raises(SettingsError, match=why) as refused:
-        check_elastic(settings)
-    assert refused.value.shared
-    check_elastic(SETTINGS)
-    check_elastic(replace(SETTINGS, proof=ProofSettings(ledger=True)))
-
-
-def test_when_all_who_knew_are_lost_the_folder_tells_what_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "4711")
-    monkeypatch.chdir(tmp_path)
-    for settings in (SETTINGS, replace(SETTINGS, run_dir="run")):
-        first = Run.open(settings, resume=False, elastic=True)
-        assert not first.resume
-        second = Run.open(settings, resume=False, elastic=True)
-        assert second.resume
-        assert second.folder.path.samefile(first.folder.path)
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "4712")  # another job
-    with pytest.raises(SettingsError, match="not empty"):
-        Run.open(replace(SETTINGS, run_dir="run"), resume=False, elastic=True)
-    assert Run.open(replace(SETTINGS, run_dir="run"), resume=True, elastic=True).resume
-    assert not Run.open(SETTINGS, resume=False, elastic=True).resume
