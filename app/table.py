@@ -19,7 +19,14 @@ from app.cluster.failure import ExitCode, StorageError, run_alone
 from app.settings import SETTINGS_FILE, load_settings
 from app.training.run_folder import RunFolder, storage_errors
 
-RESULTS = {"accuracy": ".4f", "loss": ".4f", "num_updates": "d", "images_per_second": ".0f"}  # of summary.json
+RESULTS = {  # of summary.json; a column where some run has it
+    "accuracy": ".4f",
+    "loss": ".4f",
+    "return": ".2f",
+    "num_updates": "d",
+    "samples_per_second": ".0f",
+}
+BEST = ("accuracy", "return")
 ASKED, EXIT_CODE = ".settings", ".exit-code"  # what slurm/sweep.sbatch writes beside a run's folder
 
 
@@ -92,16 +99,18 @@ def settings_that_differ(runs: Sequence[Run]) -> list[str]:
 
 def _table(runs: Sequence[Run], differing: Sequence[str]) -> Table:
     """The run with the best accuracy is marked."""
-    best = max((run.results["accuracy"] for run in runs if run.results), default=None)
-    table = Table(caption="* the best accuracy", caption_justify="left")
-    for column in ("run", "ended", *RESULTS, *differing):
-        table.add_column(column, justify="right" if column in RESULTS else "left")
+    shown = {name: form for name, form in RESULTS.items() if any(name in run.results for run in runs)}
+    judge = next((name for name in BEST if name in shown), "")
+    best = max((run.results[judge] for run in runs if judge in run.results), default=None)
+    table = Table(caption=f"* the best {judge}" if judge else None, caption_justify="left")
+    for column in ("run", "ended", *shown, *differing):
+        table.add_column(column, justify="right" if column in shown else "left")
     asked = any(run.asked for run in runs)
     if asked:
         table.add_column("asked for")
     for run in runs:
-        mark = " *" if run.results and run.results["accuracy"] == best else ""
-        results = [_number(run.results.get(name), form) for name, form in RESULTS.items()]
+        mark = " *" if judge in run.results and run.results[judge] == best else ""
+        results = [_number(run.results.get(name), form) for name, form in shown.items()]
         settings = [str(run.settings[name]) if name in run.settings else "" for name in differing]
         table.add_row(run.name + mark, run.state, *results, *settings, *([run.asked] if asked else []))
     return table

@@ -28,8 +28,8 @@ from app.cluster.watchdog import Watchdog
 from app.config import Settings
 from app.parallel.layout import Layout
 from app.settings import parse_settings
-from app.tasks.classify import Classify, Evaluation
-from app.training.build import build_trainer
+from app.tasks.task import Evaluation
+from app.training.build import build_task, build_trainer
 from app.training.elastic import Relay, Run, check_elastic
 from app.training.loop import Trainer
 from app.training.run_folder import MODEL, RunFolder, json_number, storage_errors
@@ -73,7 +73,7 @@ def train(
         check_elastic(settings)
     if settings.proof.deterministic:
         make_deterministic()
-    task = Classify(settings, cluster)
+    task = build_task(settings, cluster)
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
     run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = run.folder
@@ -149,9 +149,8 @@ def _finish(
     folder.write_json(
         "summary.json",
         {
-            "accuracy": evaluation.accuracy,
-            "loss": json_number(evaluation.loss),
-            "num_held_out_samples": evaluation.num_samples,
+            **{name: json_number(value) for name, value in evaluation.scores.items()},
+            **evaluation.counts,
             "num_parameters": merged.num_elements,
             "model_digest": merged.digest,
             "num_ranks": len(ranks),
@@ -162,16 +161,18 @@ def _finish(
             "num_updates": progress.step,
             "num_skipped": progress.num_skipped,
             "training_seconds": round(progress.seconds, 3),
-            "images_per_second": round(progress.images_per_second, 1),
+            "num_samples": progress.num_samples,
+            "samples_per_second": round(progress.samples_per_second, 1),
         },
     )
-    print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {progress.images_per_second:.0f} images/s")
+    rate = f"{progress.samples_per_second:.0f} {trainer.task.samples}/s"
+    print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {rate}")
     if lost >= TOLD_IF_LOST:
         print(f"Rank {slowest} was the slowest: {lost:.0%} of all ranks' time went into waiting for it")
     print(f"Merged model: {folder.path / MODEL}")
     print(evaluation)
     with storage_errors():
-        plot_curves(folder.metrics, folder.path / "curves.png")
+        plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from app.cluster.comm import Cluster
 from app.cluster.program import run_program
 from app.config import DataSettings, ModelSettings, Settings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
 from app.training.optim import build_optimizer
@@ -48,20 +48,20 @@ def main(cluster: Cluster) -> None:
         print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
 
 
-def _ours(cluster: Cluster, task: Classify) -> Callable[[Batch], object]:
+def _ours(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]:
     model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
 
     return lambda batch: strategy.update(batch, task, seed=0)
 
 
-def _horovods(task: Classify) -> Callable[[Batch], object]:
+def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
     model = task.build_model()
     optimizer = hvd.DistributedOptimizer(
         build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
     )
 
-    def update(batch: Batch) -> None:
+    def update(batch: LabelledBatch) -> None:
         optimizer.zero_grad()
         F.nll_loss(task.outputs(model, batch.inputs), batch.targets).backward()
         optimizer.step()

@@ -23,7 +23,7 @@ from app.benchmarking.throughput import forever
 from app.cluster.comm import Cluster
 from app.cluster.program import run_program
 from app.config import CheckpointSettings, DataSettings, ProofSettings, Settings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.parallel.parts import State
 from app.tasks.classify import Classify
 from app.training.build import build_trainer
@@ -57,7 +57,7 @@ class Runner:
     """One variant, ready for its next block."""
 
     trainer: Trainer
-    batches: Iterator[Batch]
+    batches: Iterator[LabelledBatch]
     deterministic: bool
 
     def block(self, num_updates: int) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from app.cluster.comm import Cluster
 from app.config import CheckpointSettings, Settings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.tasks.classify import Classify
 from app.training.build import build_trainer
 from app.training.loop import Trainer
@@ -81,10 +81,10 @@ def measure_throughput(
     run_images: list[int] = []
     limit_images: list[int] = []
     for _ in range(num_rounds):
-        before = run.trainer.progress.num_images
+        before = run.trainer.progress.num_samples
         parts, seconds = timed(cluster, lambda: run.updates(num_updates))
         run_seconds.append(seconds)
-        run_images.append(run.trainer.progress.num_images - before)
+        run_images.append(run.trainer.progress.num_samples - before)
         splits.append(_split(cluster.all_gather_object(parts)))
         if limit:
             with cluster.without_horovod():
@@ -145,7 +145,7 @@ class _Run:
         return parts
 
 
-def forever(trainer: Trainer) -> Iterator[Batch]:
+def forever(trainer: Trainer) -> Iterator[LabelledBatch]:
     """Batches of one epoch after the other."""
     while True:
         yield from trainer.loader.rest_of_epoch()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from app.config.acting import EnvSettings, PpoSettings
 from app.config.check import check
 from app.config.data import DataSettings
 from app.config.learning import GradientSettings, OptimizerSettings, PipelineSettings
@@ -12,10 +13,12 @@ from app.config.run import CheckpointSettings, ProofSettings, StallSettings, Sto
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
+    "EnvSettings",
     "GradientSettings",
     "ModelSettings",
     "OptimizerSettings",
     "PipelineSettings",
+    "PpoSettings",
     "ProofSettings",
     "Settings",
     "StallSettings",
@@ -31,11 +34,14 @@ class Settings:
     run_dir: str | None = None
     """New folder for everything that the run leaves behind; by default runs/<date and time>."""
 
+    task: Literal["classify", "ppo"] = "classify"
+    """What is learned: to tell classes apart; or to act, by proximal policy optimization (Schulman et al. 2017)."""
+
     seed: int = 0
     """The start of every random sequence: initial weights, order of samples, dropout."""
 
     num_epochs: int = 12
-    """How often every sample is learned from."""
+    """How often every sample is learned from; of ppo, see ppo.total_steps."""
 
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """The data type of parameters and arithmetic; bf16: parameters in float32, and layers that gain by it in bfloat16
@@ -44,13 +50,15 @@ class Settings:
     log_interval: int = 100
     """Updates between two log lines; each costs one reduction over the ranks."""
 
-    evaluate_every: int = 1
-    """Epochs between two evaluations on the held-out samples; 0: only after the last epoch."""
+    evaluate_every: int | None = None
+    """Epochs between two evaluations, by default 1; of ppo, updates, by default 0; 0: only at the end."""
 
     parallel: Literal["replicated", "zero1", "zero2", "zero3", "pipeline"] = "replicated"
     """Where the model lives. replicated: whole, on every rank; zero1, zero2, zero3: the optimizer's state, and the
     gradients, and the parameters in parts (Rajbhandari et al. 2020); pipeline: block by block, in stages."""
 
+    env: EnvSettings = field(default_factory=EnvSettings)
+    ppo: PpoSettings = field(default_factory=PpoSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -66,7 +74,8 @@ class Settings:
         check(0 <= self.seed < 2**63, "seed", self.seed, "it must lie in 0 ... 2^63 - 1")
         check(self.num_epochs >= 0, "num_epochs", self.num_epochs, "it must not be negative")
         check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")
-        check(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "it must not be negative")
+        every = self.evaluate_every
+        check(every is None or every >= 0, "evaluate_every", every, "it must not be negative")
         scaled = self.optimizer.scale_learning_rate
         check(
             not scaled or self.data.batch_size_per_rank is not None,
@@ -75,6 +84,8 @@ class Settings:
             "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
         )
         self._check_parallel()
+        if self.task == "ppo":
+            self._check_ppo()
 
     def _check_parallel(self) -> None:
         gradient, how = self.gradient, self.parallel
@@ -93,3 +104,9 @@ class Settings:
             gradient.bucket_mib,
             f"{how} sends gradients block by block",
         )
+
+    def _check_ppo(self) -> None:
+        how, proof = self.parallel, self.proof
+        check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, with the whole model there")
+        check(not proof.ledger, "proof.ledger", proof.ledger, "ppo has no data set of which it could keep account")
+        check(self.model.name != "net", "model.name", "net", "ppo needs a policy: mlp or nature_cnn")

@@ -1,9 +1,11 @@
 """What learns."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from app.config.check import check
+
+NAMES = ("net", "vit", "mlp", "nature_cnn")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class VitSettings:
 class ModelSettings:
     """What learns."""
 
-    name: Literal["net", "vit"] = "net"
-    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021)."""
+    name: str = "net"
+    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021); for ppo
+    mlp or nature_cnn; or a network of your own by its name, my_package.MyNet."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a network of your own is made with."""
 
     dropout1: float = 0.25
     """net: probability of dropping a channel after the convolutions."""
@@ -57,6 +63,8 @@ class ModelSettings:
     """Compile the model with torch.compile: worth its first minute on GPUs and for models of many small layers."""
 
     def __post_init__(self) -> None:
+        known = self.name in NAMES or "." in self.name
+        check(known, "model.name", self.name, f"{', '.join(NAMES)}, or a network of your own, my_package.MyNet")
         for name in ("dropout1", "dropout2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"model.{name}", value, "a probability of at least 0 and below 1 is needed")

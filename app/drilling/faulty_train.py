@@ -17,7 +17,7 @@ from app import train
 from app.cluster.comm import Cluster
 from app.cluster.failure import SettingsError
 from app.cluster.program import run_program
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.training.checkpoint import list_checkpoints
 from app.training.loop import Trainer
 
@@ -93,14 +93,14 @@ def _plant(trainer: Trainer, inject: Inject, update: int, file: Path, run: Path)
     """From `update` (counted from 1) on, `inject` before what would have been done."""
     real = trainer.update
 
-    def faulty(batch: Batch) -> None:
+    def faulty(unit: Batch) -> None:
         step = trainer.progress.step + 1
         if step == update:
             _wait_for_a_checkpoint(run)
             file.write_text(str(time.time()))
         if step == update or (step > update and inject is _slow):
-            inject(batch)
-        real(batch)
+            inject(unit)
+        real(unit)
 
     trainer.update = faulty  # type: ignore[method-assign]
 

@@ -19,7 +19,7 @@ from app.cluster.comm import Cluster
 from app.cluster.failure import SettingsError
 from app.cluster.mpi import Message
 from app.config import Settings
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.parallel.layout import Layout
 from app.parallel.merge import layout_of, state_tensors
 from app.parallel.schedule import Action, schedule_of
@@ -155,7 +155,7 @@ class Pipeline(WholeParameters):
         for piece in [piece for _ in range(num_rounds) for piece in pieces]:
             inputs = piece.inputs
             if self._layout.stage > 0:
-                inputs = self._border(len(piece.targets), self._first - 1).normal_().requires_grad_()
+                inputs = self._border(len(piece), self._first - 1).normal_().requires_grad_()
             started = time.perf_counter()
             outputs = self._through_blocks(objective, inputs, seed=0)
             if self._is_last:
@@ -180,7 +180,7 @@ class Pipeline(WholeParameters):
         """Receive one message ahead of its use."""
         action = next(to_come, None)
         if action is not None:
-            num_samples = len(pieces[action.micro_batch].targets)
+            num_samples = len(pieces[action.micro_batch])
             source, tag = (-1, ACTIVATIONS) if action.kind == "forward" else (1, GRADIENTS)
             self._posted.append(self._receive(num_samples, self._layout.stage + source, tag))
 

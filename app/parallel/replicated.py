@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.parallel.merge import layout_of, shard_model, state_tensors
 from app.parallel.parts import SavedState, TensorState, whole_tensors
 from app.parallel.strategy import Objective
@@ -40,7 +40,7 @@ class Replicated(WholeParameters):
         seed_update(seed, batch.inputs.device)
         gradients = self.gradients
         gradients.begin()
-        num_samples = max(1, len(batch.targets)) if gradients.reduction == "adasum" else batch.global_size
+        num_samples = max(1, len(batch)) if gradients.reduction == "adasum" else batch.global_size
         tallies: list[Tensor] = []
         pieces = batch.split(self._num_micro_batches)
         for piece in pieces:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.parallel.buffers import Buffers
 from app.parallel.merge import merge_on_root
 from app.parallel.parts import Piece, SavedState, State, load_optimizer, optimizer_state
@@ -31,8 +31,9 @@ class Objective(Protocol):
         """What `model`, or a part of it, makes of `inputs` (n, ...)."""
         ...
 
-    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss *summed* over `batch`, with its graph, and tallies (3,) float64 that add up."""
+    def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss *summed* over `batch`, of the task's own kind, with its graph, and tallies (k,) float64 that add
+        up."""
         ...
 
 
@@ -137,7 +138,7 @@ class Strategy(ABC):
             before_step: called after the backward pass, before parameters and optimizer state change.
 
         Returns:
-            The sum of this rank's tallies (3,); the other ranks' are not in it.
+            The sum of this rank's tallies (k,); the other ranks' are not in it.
 
         Raises:
             NonFiniteError: on every rank, with nothing of the model changed but buffers, if a loss or gradient is
@@ -145,7 +146,7 @@ class Strategy(ABC):
         """
         tally = self._backward(batch, objective, seed)
         self.reduce_gradients()
-        self._buffers.agree(len(batch.targets) / batch.global_size)
+        self._buffers.agree(len(batch) / batch.global_size)
         squared_norm = self._squared_norm()
         if not math.isfinite(squared_norm):  # so all ranks stop or skip in this update
             raise self._non_finite(batch, objective, seed)

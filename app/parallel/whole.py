@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.parallel.gradients import Gradients
 from app.parallel.parts import Piece, SavedState, State, load_model, model_state
 from app.parallel.strategy import Objective, Strategy

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.batch import Batch
 from app.parallel.merge import state_tensors
 from app.parallel.parted import PartedModel
 from app.parallel.parts import Part, Piece, SavedState, State, load_piece

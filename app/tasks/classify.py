@@ -1,30 +1,30 @@
 """The task of telling classes apart: images in, log-probabilities out, the negative log-likelihood as loss."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from app.cluster.comm import Cluster
 from app.config import DataSettings, Settings
 from app.data.digits import load_digits
 from app.data.image_set import ImageSet
-from app.data.loader import Batch, BatchLoader
+from app.data.loader import BatchLoader, LabelledBatch
 from app.data.mnist import download_mnist, load_mnist
 from app.data.sharding import shard_bounds
 from app.data.synthetic import load_synthetic
 from app.models.net import net_blocks
 from app.models.vit import vit_blocks
+from app.parallel.strategy import Strategy
+from app.tasks.task import Forward, Task, evaluating
 from app.training.seeding import seed_model
 
 EVALUATION_BATCH_SIZE = 500
-
-Forward = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Evaluation:
     confusion: Tensor
 
     @property
+    def scores(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "loss": self.loss}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_held_out_samples": self.num_samples}
+
+    @property
     def num_samples(self) -> int:
         return int(self.confusion.sum())
 
@@ -51,8 +59,12 @@ class Evaluation:
         return f"Accuracy: {self.accuracy:.4f} on {self.num_samples} held-out samples, loss {self.loss:.4f}"
 
 
-class Classify:
+class Classify(Task):
     """Builds the model and its data, gives the loss and evaluates."""
+
+    samples = "images"
+    tally_size = 3  # loss sum, number correct, number of samples
+    curves = ("loss", "accuracy")
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
         """Collective: rank 0 fetches the data while the others wait, then all load it.
@@ -60,91 +72,92 @@ class Classify:
         Raises:
             DataError: on every rank, if the data is missing on any.
         """
-        self._settings = settings
-        self._cluster = cluster
-        self._in_bf16 = settings.precision == "bf16"
-        self._dtype = torch.float32 if self._in_bf16 else getattr(torch, settings.precision)
-        self._layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on GPUs too
+        super().__init__(settings, cluster)
         cluster.on_root(lambda: _fetch(settings.data))
         sets = cluster.on_every_rank(lambda: [_load(settings.data, train) for train in (True, False)])
         self._train, self.held_out = (images.to(cluster.device) for images in sets)
 
     def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """The network block by block, on this rank's device and of the run's data type: the same at every call."""
-        settings = self._settings.model
-        seed_model(self._settings.seed)
+        settings = self.settings.model
+        seed_model(self.settings.seed)
         if settings.name == "vit":
             blocks = vit_blocks(**asdict(settings.vit))
         else:
             blocks = net_blocks(settings.dropout1, settings.dropout2)
         for name, block in blocks:
-            yield name, block.to(self._cluster.device, self._dtype).to(memory_format=self._layout)
-
-    def build_model(self) -> nn.Module:
-        """The whole network."""
-        model = nn.Sequential(OrderedDict(self.model_blocks()))
-        if self._settings.model.compile:
-            model.compile()
-        return model
+            yield name, block.to(self.cluster.device, self.dtype).to(memory_format=self._layout)
 
     def example_inputs(self, num_samples: int) -> Tensor:
-        """Images (n, ...) of the training data, as a model takes them."""
-        ids = torch.arange(min(num_samples, len(self._train)), device=self._cluster.device)
-        return self._train.batch(ids, self._dtype)[0]
+        ids = torch.arange(min(num_samples, len(self._train)), device=self.cluster.device)
+        return self._train.batch(ids, self.dtype)[0]
 
-    def build_loader(self, shard_id: int, num_shards: int) -> BatchLoader:
+    @property
+    def num_epochs(self) -> int:
+        return self.settings.num_epochs
+
+    @property
+    def evaluate_every(self) -> int:
+        every = self.settings.evaluate_every
+        return 1 if every is None else every
+
+    @override
+    def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> BatchLoader:
         """One shard of the training data."""
-        data = self._settings.data
+        data = self.settings.data
         return BatchLoader(
             self._train,
             data.global_batch_size(num_shards),
             data.sharding,
             shard_id,
             num_shards,
-            seed=self._settings.seed,
-            dtype=self._dtype,
+            seed=self.settings.seed,
+            dtype=self.dtype,
         )
 
-    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss summed over `batch` and its tally (loss sum, number correct, number of samples), (3,) float64."""
+    def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         loss = F.nll_loss(outputs, batch.targets, reduction="sum")
         num_correct = (outputs.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
         return loss, torch.stack([loss.detach().double(), num_correct, num_samples])
 
-    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Log-probabilities (n, num_classes) of `inputs` (n, channels, height, width), in the run's precision; or what
-        one of the model's blocks makes of its inputs.
-        """
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=self._layout)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._in_bf16):
-            output: Tensor = model(inputs)
-        return output
+    def scores(self, tally: Sequence[float]) -> dict[str, float]:
+        loss_sum, num_correct, num_samples = tally
+        return {"loss": loss_sum / num_samples, "accuracy": num_correct / num_samples} if num_samples else {}
+
+    @override
+    def line(
+        self, epoch: int, unit: LabelledBatch, num_samples: int, mean: dict[str, float], last: dict[str, float]
+    ) -> str:
+        """The loss is that of the named global batch, as in the seed."""
+        return f"Epoch: {epoch}, Batch: {unit.index}, Loss: {last['loss']:.4f}"
+
+    @override
+    def must_stay(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
+        data = self.settings.data
+        return {
+            "data.name": data.name,
+            "data.sharding": data.sharding,
+            "the number of samples": loader.num_samples,
+            "the global batch (data.batch_size, or data.batch_size_per_rank times the shards)": loader.batch_size,
+        }
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
-        """Collective: the held-out samples are divided into shards, and what was counted is summed over all ranks once.
-
-        Args:
-            model: what is in evaluation mode meanwhile.
-            forward: the model's outputs for images; None where another rank of the same shard has them.
-        """
+        """Collective: the held-out samples are divided over the shards, and counts are summed over all ranks once."""
         num_classes = self.held_out.num_classes
         start, stop = shard_bounds(len(self.held_out), num_shards)[shard_id : shard_id + 2]
-        ids = torch.arange(start, stop, device=self._cluster.device)
-        sums = torch.zeros(1 + num_classes**2, dtype=torch.float64, device=self._cluster.device)
+        ids = torch.arange(start, stop, device=self.cluster.device)
+        sums = torch.zeros(1 + num_classes**2, dtype=torch.float64, device=self.cluster.device)
         # As many pieces on every rank: a model in parts is gathered for each.
         largest = -(-len(self.held_out) // num_shards)
         with evaluating(model):
             for piece in ids.tensor_split(max(1, -(-largest // EVALUATION_BATCH_SIZE))):
-                self._cluster.recorder.beat()
-                inputs, labels = self.held_out.batch(piece, self._dtype)
+                self.cluster.recorder.beat()
+                inputs, labels = self.held_out.batch(piece, self.dtype)
                 if (output := forward(inputs)) is not None:
                     sums[0] += F.nll_loss(output.double(), labels, reduction="sum")
                     sums[1:] += torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
-        sums = self._cluster.sum_(sums, name="evaluation").cpu()
+        sums = self.cluster.sum_(sums, name="evaluation").cpu()
         return Evaluation(
             loss=sums[0].item() / max(1, len(self.held_out)),
             confusion=sums[1:].to(torch.int64).view(num_classes, num_classes),
@@ -155,17 +168,8 @@ class Classify:
         """Log-probabilities (n, num_classes) and labels (n,) of the held-out samples `ids` (n,). Not a collective."""
         with evaluating(model):
             pieces = torch.split(ids, EVALUATION_BATCH_SIZE)
-            outputs = [self.outputs(model, self.held_out.batch(piece, self._dtype)[0]) for piece in pieces]
+            outputs = [self.outputs(model, self.held_out.batch(piece, self.dtype)[0]) for piece in pieces]
         return torch.cat(outputs), self.held_out.labels[ids]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside, and running statistics in place of the batch's."""
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
 
 
 def _fetch(data: DataSettings) -> None:

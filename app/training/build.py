@@ -9,16 +9,26 @@ from app.parallel.replicated import Replicated
 from app.parallel.strategy import Strategy
 from app.parallel.zero import Zero
 from app.tasks.classify import Classify
+from app.tasks.task import Task
 from app.training.loop import Trainer
 from app.training.optim import build_optimizer
 from app.training.position import Handover
 from app.training.run_folder import RunFolder
 
 
+def build_task(settings: Settings, cluster: Cluster) -> Task:
+    """Collective: what `settings` ask to be learned.
+
+    Raises:
+        DataError, SettingsError: on every rank: what it learns from is missing on any, or cannot be used.
+    """
+    return Classify(settings, cluster)
+
+
 def build_trainer(
     cluster: Cluster,
     settings: Settings,
-    task: Classify,
+    task: Task,
     folder: RunFolder,
     resume: bool = False,
     handover: Handover | None = None,
@@ -39,7 +49,7 @@ def build_trainer(
     return Trainer(cluster, settings, task, strategy, layout, folder, resume, handover)
 
 
-def build_strategy(cluster: Cluster, settings: Settings, task: Classify, layout: Layout) -> Strategy:
+def build_strategy(cluster: Cluster, settings: Settings, task: Task, layout: Layout) -> Strategy:
     """Collective.
 
     Raises:

@@ -29,7 +29,7 @@ from app.cluster.failure import StorageError
 from app.parallel.parts import Part, State, whole_tensors
 from app.training.run_folder import flush_folder, storage_errors
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 2**30

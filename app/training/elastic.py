@@ -104,7 +104,7 @@ class Relay:
             **stand.position,
             "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, stand.step)),
             # What the lost have counted since the last log line is lost with them.
-            "window_of_ranks": [other.tally if other else [0.0, 0.0, 0.0] for other in stands],
+            "window_of_ranks": [other.tally if other else None for other in stands],
         }
         return Handover(tensors, stand.step, counters)
 

@@ -33,8 +33,8 @@ class Journal:
     def say(self, line: str) -> None:
         """One line to the person."""
 
-    def record(self, kind: str, step: int, epoch: int, loss: float, accuracy: float, **others: float) -> None:
-        """One point of the curves `kind` (train or held_out), after `step` updates."""
+    def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
+        """One point of the curves `kind` (train or held_out), after `step` updates and so many samples."""
 
     def mark(self) -> int:
         """How long metrics.jsonl is now, in bytes: where a run that goes on from here cuts it off."""
@@ -93,12 +93,12 @@ class RootJournal(Journal):
     def say(self, line: str) -> None:
         print(line, flush=True)
 
-    def record(self, kind: str, step: int, epoch: int, loss: float, accuracy: float, **others: float) -> None:
+    def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
         """Raises StorageError where it cannot be written."""
-        values = {"loss": loss, "accuracy": accuracy, **others}
         with storage_errors():
             numbers = {name: json_number(value) for name, value in values.items()}
-            self._metrics.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
+            place = {"kind": kind, "step": step, "epoch": epoch, "samples": samples}
+            self._metrics.write(json.dumps({**place, **numbers}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
                 scalar = summary.scalar(f"{kind}/{name}", value)

@@ -11,10 +11,9 @@ from app.cluster.comm import Cluster
 from app.cluster.failure import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
 from app.cluster.stop import StopVote, voting
 from app.config import Settings
-from app.data.loader import Batch
 from app.parallel.layout import Layout
 from app.parallel.strategy import Strategy
-from app.tasks.classify import Classify, Evaluation
+from app.tasks.task import Evaluation, Task
 from app.training.checkpoint import Checkpoint, latest_checkpoint
 from app.training.checkpoint_writer import CheckpointWriter
 from app.training.journal import Journal, RootJournal
@@ -45,7 +44,7 @@ class Trainer:
         self,
         cluster: Cluster,
         settings: Settings,
-        task: Classify,
+        task: Task,
         strategy: Strategy,
         layout: Layout,
         folder: RunFolder,
@@ -63,9 +62,9 @@ class Trainer:
         self.strategy = strategy
         self.folder = folder
         self._layout = layout
-        self.loader = task.build_loader(layout.replica, layout.num_replicas)
-        self._num_updates = settings.num_epochs * self.loader.batches_per_epoch
-        self.window = Window(cluster.device)
+        self.loader = task.build_loader(layout.replica, layout.num_replicas, strategy)
+        self._num_updates = task.num_epochs * self.loader.updates_per_epoch
+        self.window = Window(cluster.device, task.tally_size)
         self.progress = Progress()
         self._saved_step = -1
         mark = self._resume(handover) if handover or resume else 0
@@ -83,10 +82,8 @@ class Trainer:
             self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark)
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
-        """Collective: all updates that are left, with a log line every `log_interval` batches; then the evaluation.
-
-        The line's loss is that of the named global batch, as in the seed; metrics.jsonl has the mean since the line
-        before.
+        """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.
+        metrics.jsonl has the means since the line before.
 
         Args:
             stop: asked after each update.
@@ -96,35 +93,37 @@ class Trainer:
             StoppedError: on every rank: `stop` said so, and the run has saved what it needs to go on.
             StorageError: on the rank that cannot write.
         """
-        every = self._settings.evaluate_every
+        every, num_epochs = self.task.evaluate_every, self.task.num_epochs
         evaluation = None
         with self._journal, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
             if self._repeats_checkpoint:  # the ranks before may not have come to it
                 self.checkpoint()
-            for epoch in range(self.loader.epoch, self._settings.num_epochs):
-                for batch in self._batches():
-                    self.update(batch)
+            for epoch in range(self.loader.epoch, num_epochs):
+                for unit in self._units():
+                    self.update(unit)
                     if stop and (reason := stop.reason(self._seconds_to_stop())):
                         self._stop(reason)
                 evaluation = None
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
-                    self._journal.say(f"Epoch: {epoch}, Accuracy: {evaluation.accuracy:.4f}")
+                    self._journal.say(_first_score(epoch, evaluation))
             if evaluation is None:
-                evaluation = self._evaluate(self._settings.num_epochs - 1)
+                evaluation = self._evaluate(num_epochs - 1)
             self._enter("checkpoint")
             self.writer.wait()
         return evaluation
 
-    def _batches(self) -> Iterator[Batch]:
-        """The rest of the epoch, on the record."""
-        batches = self.loader.rest_of_epoch()
+    def _units(self) -> Iterator[Any]:
+        """The rest of the epoch, on the record; fetching a unit is a part of its update."""
+        units = self.loader.rest_of_epoch()
         while True:
             self._enter("data loading", self.progress.step + 1)
-            batch = next(batches, None)
-            if batch is None:
+            started = time.perf_counter()
+            unit = next(units, None)
+            if unit is None:
                 return
-            yield batch
+            self.progress.seconds += time.perf_counter() - started
+            yield unit
 
     def _seconds_to_stop(self) -> float:
         """What this rank needs from a boundary between updates to its end: a checkpoint that may just be on its way,
@@ -162,20 +161,20 @@ class Trainer:
                     self.writer.wait()
             raise
 
-    def update(self, batch: Batch) -> None:
-        """Collective: one optimizer step, and what falls due after it."""
+    def update(self, unit: Any) -> None:
+        """Collective: one update, and what falls due after it."""
         started = time.perf_counter()
         settings, progress = self._settings, self.progress
         num_shards = self._layout.num_replicas
         learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, num_shards)
         set_learning_rate(self.strategy.optimizer, learning_rate)
         seed = update_seed(settings.seed, progress.step, self._layout.replica)
-        ids = batch.ids if self._layout.counts_samples else batch.ids[:0]
+        ids = unit.ids if self._layout.counts_samples else unit.ids[:0]
         self._ledger.announce(progress.step, self.loader.epoch, ids)
         skipped = False
         self._enter("forward and backward pass", progress.step + 1)
         try:
-            self.window.add(self.strategy.update(batch, self.task, seed, self.writer.wait_for_copy))
+            self.window.add(self.task.learn(unit, self.strategy, seed, self.writer.wait_for_copy))
         except NonFiniteError as error:
             if settings.proof.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
@@ -186,26 +185,26 @@ class Trainer:
         self._enter("keeping of accounts")
         self._ledger.record(progress.step, self.loader.epoch, ids, skipped)
         progress.step += 1
-        progress.num_images += batch.global_size
+        progress.num_samples += unit.global_size
         self._journal.advance(progress.step)
         if _is_due(progress.step, settings.proof.sentinel_interval):
             self.strategy.compare(f"after update {progress.step}")
-        is_line = batch.index % settings.log_interval == 0
+        is_line = (unit.index if self.loader.updates_per_epoch > 1 else progress.step) % settings.log_interval == 0
         if is_line or progress.step == self._num_updates:
-            self._log(batch, learning_rate, is_line)
+            self._log(unit, learning_rate, is_line)
         progress.seconds += time.perf_counter() - started
         if self._checkpoint_is_due():
             self.checkpoint()
 
-    def _log(self, batch: Batch, learning_rate: float, is_line: bool) -> None:
+    def _log(self, unit: Any, learning_rate: float, is_line: bool) -> None:
         """Collective: one reduction."""
-        mean, last = self.window.reduce(self._cluster)
-        if mean.num_samples == 0:  # every update since the last line was skipped
+        mean, last = (self.task.scores(tally) for tally in self.window.reduce(self._cluster))
+        if not mean:  # every update since the last line was skipped
             return
-        epoch = self.loader.epoch
-        self._journal.record("train", self.progress.step, epoch, mean.loss, mean.accuracy, learning_rate=learning_rate)
+        epoch, step, samples = self.loader.epoch, self.progress.step, self.progress.num_samples
+        self._journal.record("train", step, epoch, samples, **mean, learning_rate=learning_rate)
         if is_line:
-            self._journal.say(f"Epoch: {epoch}, Batch: {batch.index}, Loss: {last.loss:.4f}")
+            self._journal.say(self.task.line(epoch, unit, samples, mean, last))
 
     def _evaluate(self, epoch: int) -> Evaluation:
         """Collective."""
@@ -213,7 +212,8 @@ class Trainer:
         strategy, layout = self.strategy, self._layout
         forward = partial(strategy.forward, self.task)
         evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
-        self._journal.record("held_out", self.progress.step, epoch, evaluation.loss, evaluation.accuracy)
+        progress = self.progress
+        self._journal.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
         return evaluation
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -242,23 +242,22 @@ class Trainer:
             "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
         }
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
+        self.loader.after_checkpoint()
 
     def _must_stay(self) -> dict[str, Any]:
         """What a run cannot change when it goes on: its position and state would mean something else."""
-        settings, data = self._settings, self._settings.data
+        settings, num_shards = self._settings, self._layout.num_replicas
         return {
+            "task": settings.task,
             "seed": settings.seed,
             "precision": settings.precision,
             "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
             "gradient.reduction": settings.gradient.reduction,
             "gradient.wire": settings.gradient.wire,
-            "data.name": data.name,
-            "data.sharding": data.sharding,
-            "the number of samples": self.loader.num_samples,
-            "the global batch (data.batch_size, or data.batch_size_per_rank times the shards)": self.loader.batch_size,
+            **self.task.must_stay(self.loader, num_shards),
             "optimizer.name": settings.optimizer.name,
             "optimizer.decay_vectors": settings.optimizer.decay_vectors,
-            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, self._layout.num_replicas),
+            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
         }
 
     def _resume(self, handover: Handover | None) -> int:
@@ -286,6 +285,11 @@ class Trainer:
     def _tell(self, line: str) -> None:
         if self._cluster.is_root:
             print(line, flush=True)
+
+
+def _first_score(epoch: int, evaluation: Evaluation) -> str:
+    name, value = next(iter(evaluation.scores.items()))
+    return f"Epoch: {epoch}, {name.capitalize()}: {value:.4f}"
 
 
 def _is_due(step: int, interval: int) -> bool:

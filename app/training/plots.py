@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Loss and accuracy over updates, from `metrics` (metrics.jsonl), as a PNG."""
+def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str) -> None:
+    """The curves `names` over `samples` (what they are called), from `metrics` (metrics.jsonl), as a PNG."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
         for kind, style in (("train", "-"), ("held_out", "o-")):
-            chosen = [record for record in records if record["kind"] == kind]
-            steps, values = [record["step"] for record in chosen], [record[name] for record in chosen]
-            axis.plot(steps, values, style, label=kind.replace("_", "-"), markersize=4)
-        axis.set(xlabel="updates", ylabel=name)
+            chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
+            places, values = [record["samples"] for record in chosen], [record[name] for record in chosen]
+            if chosen:
+                axis.plot(places, values, style, label=kind.replace("_", "-"), markersize=4)
+                axis.legend()
+        axis.set(xlabel=samples, ylabel=name)
         axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_yscale("log")
+        if name == "loss":
+            axis.set_yscale("log")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 

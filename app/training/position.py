@@ -15,19 +15,19 @@ class Progress:
 
     Attributes:
         step: updates, skipped ones included.
-        num_images: samples of those updates, over all ranks and epochs.
+        num_samples: of those updates, over all ranks and epochs: images, or steps of environments.
         num_skipped: updates that were skipped because they were not finite.
         seconds: of the updates alone, without evaluation.
     """
 
     step: int = 0
-    num_images: int = 0
+    num_samples: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
 
     @property
-    def images_per_second(self) -> float:
-        return self.num_images / max(self.seconds, 1e-9)
+    def samples_per_second(self) -> float:
+        return self.num_samples / max(self.seconds, 1e-9)
 
 
 class Handover(TensorState):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.config import Settings
 from app.data.image_set import ImageSet
-from app.data.loader import Batch, BatchLoader
+from app.data.loader import BatchLoader, LabelledBatch
 from app.parallel.strategy import Strategy
 from app.tasks.classify import Classify
 from app.training import build
@@ -32,12 +32,14 @@ class CrossEntropy:
         outputs: Tensor = model(inputs)
         return outputs
 
-    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(outputs, batch.targets, reduction="sum")
         return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
 
 
-def make_batch(shard_id: int, num_shards: int, num_samples: int, shape: tuple[int, int, int] = (2, 3, 3)) -> Batch:
+def make_batch(
+    shard_id: int, num_shards: int, num_samples: int, shape: tuple[int, int, int] = (2, 3, 3)
+) -> LabelledBatch:
     """One shard's part of a global batch of `num_samples` images of `shape`, in 3 classes and float64."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (num_samples, *shape), generator=generator).to(torch.uint8)

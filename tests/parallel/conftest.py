@@ -46,9 +46,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    if REPORTS in os.environ:
-        return None
     size = _world_size(item)
+    if size is None or REPORTS in os.environ:  # this is asked of every test, of other folders, too
+        return None
     terminal = item.config.pluginmanager.get_plugin("terminalreporter")
     known: Reports = item.session.__dict__.setdefault("world_reports", {})
     if item.nodeid not in known:
@@ -68,10 +68,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         raise pytest.UsageError(f"{item.nodeid} has no world_size: a test without ranks belongs in tests/unit")
 
 
-def _world_size(item: pytest.Item) -> int:
+def _world_size(item: pytest.Item) -> int | None:
     marker = item.get_closest_marker("world_size")
-    assert marker is not None
-    return int(marker.args[0])
+    return int(marker.args[0]) if marker else None
 
 
 def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Reports:

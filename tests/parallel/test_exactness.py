@@ -38,7 +38,9 @@ class Run:
 
     def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
         trainer, strategy = build_trainer(cluster, settings, folder)
-        self.evaluation: Evaluation = trainer.train()
+        evaluation = trainer.train()
+        assert isinstance(evaluation, Evaluation)
+        self.evaluation = evaluation
         self.state: dict[str, Tensor] = strategy.model.state_dict()
         self.merged = merged_model(cluster, strategy)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

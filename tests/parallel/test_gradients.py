@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, SettingsError
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.parallel.gradients import sum_over_wire_
 from app.parallel.replicated import Replicated
 from tests.parallel.building import CrossEntropy, make_batch
@@ -22,7 +22,7 @@ def _model() -> nn.Module:
     return model.double().to(memory_format=torch.channels_last)
 
 
-def _batch(cluster: Cluster, num_samples: int) -> Batch:
+def _batch(cluster: Cluster, num_samples: int) -> LabelledBatch:
     return make_batch(cluster.rank, cluster.size, num_samples)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsError
 from app.config import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.parallel.merge import state_digest
 from app.parallel.parts import State, TensorState
 from app.parallel.replicated import Replicated
@@ -166,7 +166,7 @@ def _poison(trainer: Trainer, cluster: Cluster, step: int, where: str) -> None:
     """Rank 1 meets a loss, or a gradient of fc2.bias, that is not a number, in update `step`."""
     loss_sum = trainer.task.loss_sum
 
-    def poisoned(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def poisoned(outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         loss, tally = loss_sum(outputs, batch)
         if cluster.rank == 1 and trainer.progress.step == step:
             if where == "the loss":
@@ -225,7 +225,7 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_if_so_set(cluster: Clust
     trainer.update(next(batches))
     assert state_digest(whole_values(strategy)) == before
     assert (trainer.progress.step, trainer.progress.num_skipped) == (5, 1)
-    assert torch.isfinite(torch.tensor(trainer.train().loss))
+    assert torch.isfinite(torch.tensor(trainer.train().scores["loss"]))
     strategy.compare("after the skip")
     cluster.all_gather_object(None)
     first, *others = read_ledger(cluster.on_root(lambda: tmp_path))

@@ -44,8 +44,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     trainer, _ = build_trainer(cluster, settings, folder / "stopped")
     update = trainer.update
 
-    def signalled(batch: object) -> None:
-        update(batch)  # type: ignore[arg-type]
+    def signalled(unit: object) -> None:
+        update(unit)
         if trainer.progress.step == 2 and cluster.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -12,7 +12,7 @@ from app.benchmarking.sharding import held_bytes
 from app.cluster.comm import Cluster
 from app.cluster.failure import NonFiniteError, ReplicasDifferError
 from app.config import GradientSettings
-from app.data.loader import Batch
+from app.data.loader import LabelledBatch
 from app.parallel.merge import state_digest
 from app.parallel.parts import TensorState
 from app.parallel.replicated import Replicated
@@ -181,7 +181,7 @@ class _Infinite(CrossEntropy):
     def __init__(self, here: bool) -> None:
         self._here = here
 
-    def loss_sum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         if self._here:
             outputs = outputs + (outputs * float("inf")).nan_to_num(0, 0, 0) * 0
             outputs.register_hook(lambda gradient: gradient * float("inf"))

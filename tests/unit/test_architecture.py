@@ -17,7 +17,11 @@ KNOWN_BY = {
     "mpi4py": {"cluster/mpi_library.py"},
 }
 SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
-LAYERS = (("cluster", "data", "models", "config", "settings"), ("parallel", "tasks", "training"), ("programs",))
+LAYERS = (
+    ("cluster", "data", "models", "config", "settings", "imports"),
+    ("parallel", "tasks", "training"),
+    ("programs",),
+)
 
 
 def _imports(source: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.data.loader import Batch, BatchLoader
+from app.data.loader import BatchLoader, LabelledBatch
 from app.data.sharding import Sharding
 from app.data.synthetic import load_synthetic
 
@@ -42,7 +42,7 @@ def test_epochs_differ_and_the_position_moves_on() -> None:
 
 @pytest.mark.parametrize("batches_before_the_stop", [0, 1, 6, 7])
 def test_a_new_loader_goes_on_from_any_position(batches_before_the_stop: int) -> None:
-    def ids(batches: list[Batch]) -> list[list[int]]:
+    def ids(batches: list[LabelledBatch]) -> list[list[int]]:
         return [batch.ids.tolist() for batch in batches]
 
     reference = _loader()
@@ -58,7 +58,7 @@ def test_a_new_loader_goes_on_from_any_position(batches_before_the_stop: int) ->
 
 def test_batches_carry_their_number_in_the_epoch() -> None:
     loader = _loader()
-    assert [batch.index for batch in loader.rest_of_epoch()] == list(range(loader.batches_per_epoch))
+    assert [batch.index for batch in loader.rest_of_epoch()] == list(range(loader.updates_per_epoch))
 
 
 def test_pixels_are_normalised_as_in_the_seed() -> None:

@@ -110,31 +110,31 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     """/dev/full is a real full disk: every write to it fails with ENOSPC."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="No space left"), RootJournal(RunFolder(tmp_path), num_updates=1) as journal:
-        journal.record("train", 1, epoch=0, loss=1.0, accuracy=0.5)
+        journal.record("train", 1, epoch=0, samples=64, loss=1.0, accuracy=0.5)
 
 
 def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
     with RootJournal(RunFolder(tmp_path), num_updates=2) as journal:
-        journal.record("train", 1, epoch=0, loss=2.5, accuracy=0.25, learning_rate=0.125)
-        journal.record("held_out", 2, epoch=1, loss=1.5, accuracy=0.75)
+        journal.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.25, learning_rate=0.125)
+        journal.record("held_out", 2, epoch=1, samples=128, loss=1.5, accuracy=0.75)
         journal.advance(2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"kind": "train", "step": 1, "epoch": 0, "loss": 2.5, "accuracy": 0.25, "learning_rate": 0.125},
-        {"kind": "held_out", "step": 2, "epoch": 1, "loss": 1.5, "accuracy": 0.75},
+        {"kind": "train", "step": 1, "epoch": 0, "samples": 64, "loss": 2.5, "accuracy": 0.25, "learning_rate": 0.125},
+        {"kind": "held_out", "step": 2, "epoch": 1, "samples": 128, "loss": 1.5, "accuracy": 0.75},
     ]
     events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
     assert all(tag in events for tag in (b"train/loss", b"train/accuracy", b"held_out/loss", b"held_out/accuracy"))
-    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", ("loss", "accuracy"), "images")
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG_HEADER)
 
 
 def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
     with RootJournal(RunFolder(tmp_path), num_updates=2) as journal:
-        journal.record("held_out", 1, epoch=0, loss=2.0, accuracy=0.5)
-        journal.record("held_out", 2, epoch=1, loss=float("inf"), accuracy=0.5)
+        journal.record("held_out", 1, epoch=0, samples=64, loss=2.0, accuracy=0.5)
+        journal.record("held_out", 2, epoch=1, samples=128, loss=float("inf"), accuracy=0.5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
-    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", ("loss", "accuracy"), "images")
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 24])
