@@ -1,7 +1,9 @@
-"""Loads the merged model of a run alone and scores it on the held-out samples.
+"""Loads the merged model of a run alone and evaluates it: on the held-out samples, or in seeded episodes.
 
-python app/evaluate.py runs/latest                    accuracy, confusion matrix, worst mistakes
-mpirun -np 4 python app/evaluate.py runs/latest       the same, shared by four ranks
+python app/evaluate.py runs/latest                       accuracy, confusion matrix, worst mistakes; or the return
+mpirun -np 4 python app/evaluate.py runs/latest          the same, shared by four ranks
+python app/evaluate.py runs/latest --episodes 20         of an agent that acts: so many episodes
+python app/evaluate.py runs/latest --record play.gif     one of them as moving pictures
 """
 
 import argparse
@@ -15,28 +17,48 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import StorageError
+from app.cluster.failure import SettingsError, StorageError
 from app.cluster.program import run_program
-from app.tasks.classify import Classify
+from app.config import Settings
+from app.tasks.classify import Classify, Evaluation
+from app.tasks.task import Task
+from app.training.build import build_task
 from app.training.run_folder import RunFolder, storage_errors
 
 NUM_MISTAKES = 24
 
 
 def main(cluster: Cluster) -> None:
-    folder = cluster.on_root(lambda: RunFolder.open(_parse_args().run))
-    settings = cluster.on_root(folder.load_settings)
-    settings = replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
-    task = Classify(settings, cluster)
+    arguments = cluster.on_root(_parse_args)
+    folder = RunFolder(arguments.run)
+    settings = cluster.on_root(lambda: _settings_for(arguments))
+    task = build_task(settings, cluster)
     model = task.build_model()
     cluster.on_every_rank(lambda: _load(model, folder))
     evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
-        _print_confusion(evaluation.confusion)
+        if isinstance(evaluation, Evaluation):
+            _print_confusion(evaluation.confusion)
         print(evaluation)
-        picture = folder.path / "mistakes.png"
-        _draw_worst_mistakes(task, model, picture)
-        print(f"Worst mistakes: {picture}")
+        if isinstance(task, Classify):
+            _draw_worst_mistakes(task, model, folder.path / "mistakes.png")
+        elif arguments.record:
+            _record(task, model, arguments.record)
+
+
+def _settings_for(arguments: argparse.Namespace) -> Settings:
+    """Those of the run.
+
+    Raises:
+        StorageError: it is not finished.
+        SettingsError: it is of another kind than `arguments` are for.
+    """
+    settings = RunFolder.open(arguments.run).load_settings()
+    if settings.task == "classify" and (arguments.record or arguments.episodes):
+        raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for what acts")
+    if arguments.episodes:
+        settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
+    return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
 
 
 def _load(model: nn.Module, folder: RunFolder) -> None:
@@ -70,12 +92,33 @@ def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> Non
         plot_mistakes(
             held_out.images[worst], titles, picture, f"{len(wrong)} mistakes of {len(labels)}, the worst first"
         )
+    print(f"Worst mistakes: {picture}")
+
+
+def _record(task: Task, model: nn.Module, picture: Path) -> None:
+    from app.tasks.ppo import Ppo  # with Gymnasium, for those who need it
+    from app.tasks.recording import record
+
+    assert isinstance(task, Ppo)
+    with storage_errors():
+        episode = record(partial(task.act, partial(task.outputs, model)), task.settings.env, picture)
+    print(f"Recorded: {picture}, {episode.length} steps with a return of {episode.total_reward:.2f}")
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="app/evaluate.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="app/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
+    parser.add_argument("--episodes", type=_at_least_one, help="how many (default: as the run's settings say)")
+    parser.add_argument("--record", type=Path, metavar="FILE.gif", help="write an episode as moving pictures")
     return parser.parse_args()
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of episodes")
+    return number
 
 
 if __name__ == "__main__":

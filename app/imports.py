@@ -3,13 +3,14 @@
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from app.cluster.failure import SettingsError
 
 
 def find(name: str, setting: str) -> Any:
-    """What `name` (such as my_package.my_module.MyNet) stands for; packages in the working folder are found, too.
+    """What `name` (such as my_package.my_module.MyNet) stands for.
 
     Args:
         setting: that asks for it, for the message.
@@ -18,13 +19,26 @@ def find(name: str, setting: str) -> Any:
         SettingsError: there is no such module, or nothing of that name in it; or it fails as it is imported.
     """
     module, _, attribute = name.rpartition(".")
+    found = import_module(module, setting)
+    try:
+        return getattr(found, attribute)
+    except AttributeError:
+        raise SettingsError(f"{setting} is {name}: the module {found.__file__} has no {attribute}") from None
+
+
+def import_module(name: str, setting: str) -> ModuleType:
+    """The module `name`, which is installed, on PYTHONPATH or in the working folder.
+
+    Raises:
+        SettingsError: there is none, or it fails as it is imported.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # behind all else, so that nothing of ours is hidden
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return importlib.import_module(name)
     except Exception as error:  # whatever a user's module raises as it is imported
         raise SettingsError(
-            f"{setting} is {name}, and cannot be imported ({type(error).__name__}: {error}): it must be a name in a "
-            f"module, such as my_package.MyNet, that lies in {here}, on PYTHONPATH or is installed"
+            f"{setting} needs the module {name}, which cannot be imported ({type(error).__name__}: {error}): it must "
+            f"be installed, on PYTHONPATH or in {here}"
         ) from error

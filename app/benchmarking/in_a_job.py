@@ -58,6 +58,9 @@ class BenchmarkOptions:
 def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
     """Collective."""
     settings, options = cluster.on_root(lambda: parse_benchmark(BenchmarkOptions, args))
+    if settings.task != "classify":
+        message = f"task is {settings.task}: {kind} measures classify; benchmarks/ppo_peers.py measures ppo"
+        raise SettingsError(message).on_all_ranks()
     inventory = take_inventory(cluster)
     if cluster.is_root and not options.json:
         print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)

@@ -127,7 +127,7 @@ class Cluster(Ranks):
         Horovod starts anew with a process set for each group: sets that are added later would cost a collective in
         each of its cycles. Clusters of an earlier split are invalid from then on.
         """
-        self._require_mpi("the stages of a pipeline send each other messages")
+        self.require_mpi("the stages of a pipeline send each other messages")
         group = next(group for group in groups if self.rank in group)
         mine = hvd.global_process_set
         if 1 < len(group) < self.size:
@@ -138,7 +138,8 @@ class Cluster(Ranks):
         mpi = MPI.Intracomm(self._mpi.Split(min(group), self.rank))
         return replace(self, rank=mpi.rank, size=mpi.size, _mpi=mpi, _set=mine)
 
-    def _require_mpi(self, why: str) -> None:
+    def require_mpi(self, why: str) -> None:
+        """Raises SettingsError, on every rank, where Gloo has started the job; `why` says what needs MPI."""
         if isinstance(self._mpi, GlooCommunicator):
             message = f"{why}, which needs MPI: start this with mpirun, or with horovodrun without --gloo"
             raise SettingsError(message).on_all_ranks()
@@ -154,7 +155,7 @@ class Cluster(Ranks):
     @contextmanager
     def without_horovod(self) -> Iterator[None]:
         """Collective: Horovod's thread rests inside, and its collectives cannot be used: for measuring without it."""
-        self._require_mpi("to measure without Horovod, the ranks must meet without it")
+        self.require_mpi("to measure without Horovod, the ranks must meet without it")
         hvd.shutdown()
         yield
         self.barrier()

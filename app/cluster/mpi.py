@@ -139,6 +139,21 @@ class Ranks:
         request = self._mpi.Irecv(_bytes_of(staged), source, tag)
         return Message(request, tensor, staged, f"message from rank {source}", self.recorder)
 
+    def begin_send_object(self, value: object, to: int, tag: int) -> Callable[[], object]:
+        """Send a small `value`; the returned function waits until it has left."""
+        wait: Callable[[], object] = self._mpi.isend(value, to, tag).wait
+        return wait
+
+    def has_message(self, tag: int) -> bool:
+        """An object with `tag` is here. Does not wait."""
+        return bool(self._mpi.iprobe(MPI.ANY_SOURCE, tag))
+
+    def receive_object(self, tag: int) -> tuple[int, Any]:
+        """Wait for the next object with `tag`: the rank that has sent it, and it."""
+        status = MPI.Status()
+        value = self._mpi.recv(source=MPI.ANY_SOURCE, tag=tag, status=status)
+        return status.Get_source(), value
+
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
         """Collective, from one thread of each rank, while other threads use the cluster: every rank's `value` on rank
         0, nothing elsewhere. It sleeps between looks, to leave the cores to those who compute.

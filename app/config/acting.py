@@ -64,6 +64,9 @@ class PpoSettings:
     clip: float = 0.2
     """Epsilon: how far the probability ratio may go before it gains no more."""
 
+    clip_rewards: bool = False
+    """Learn from the sign of rewards alone (Mnih et al. 2015)."""
+
     clip_value: float | None = None
     """How far a value estimate may go from the one before the update before it gains no more; by default freely."""
 

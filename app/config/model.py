@@ -54,6 +54,9 @@ class ModelSettings:
     dropout2: float = 0.5
     """net: probability of dropping a unit after the first linear layer."""
 
+    mlp_widths: list[int] = field(default_factory=lambda: [64, 64])
+    """mlp: units of each of its layers, of the policy and of the value function alike."""
+
     vit: VitSettings = field(default_factory=VitSettings)
 
     channels_last: bool = True
@@ -65,6 +68,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         known = self.name in NAMES or "." in self.name
         check(known, "model.name", self.name, f"{', '.join(NAMES)}, or a network of your own, my_package.MyNet")
+        widths = self.mlp_widths
+        check(bool(widths) and min(widths) >= 1, "model.mlp_widths", widths, "layers of at least one unit are needed")
         for name in ("dropout1", "dropout2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"model.{name}", value, "a probability of at least 0 and below 1 is needed")

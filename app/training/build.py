@@ -22,6 +22,10 @@ def build_task(settings: Settings, cluster: Cluster) -> Task:
     Raises:
         DataError, SettingsError: on every rank: what it learns from is missing on any, or cannot be used.
     """
+    if settings.task == "ppo":
+        from app.tasks.ppo import Ppo  # with Gymnasium, which takes its time
+
+        return Ppo(settings, cluster)
     return Classify(settings, cluster)
 
 

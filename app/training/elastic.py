@@ -132,6 +132,9 @@ def check_elastic(settings: Settings) -> None:
     """
     data, proof = settings.data, settings.proof
     refused = {
+        "task is ppo, of which an update is many steps, not one that is done or not done: use mpirun": (
+            settings.task == "ppo"
+        ),
         f"parallel is {settings.parallel}: a lost worker would take its part of the model with it; use replicated": (
             settings.parallel != "replicated"
         ),

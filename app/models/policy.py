@@ -1,0 +1,89 @@
+"""Policies: observations in, the parameters of a distribution over actions and the state's value out.
+
+Initial weights are orthogonal (Saxe et al. 2014), those of the layer before the actions small, so that the first policy
+prefers none.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import prod, sqrt
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+class Heads(nn.Module):
+    """Features (N, width) to (N, num_actions + 1): what the distribution of actions takes, and the value; or, if the
+    actions are `gaussian`, (N, 2 num_actions + 1): means, the logarithms of standard deviations, which are the same in
+    every state, and the value.
+
+    Args:
+        actor, critic: layers of each alone, before the last.
+        width: of what they give.
+    """
+
+    def __init__(self, actor: nn.Module, critic: nn.Module, width: int, num_actions: int, gaussian: bool) -> None:
+        super().__init__()
+        self.actor = nn.Sequential(actor, _orthogonal(nn.Linear(width, num_actions), gain=0.01))
+        self.critic = nn.Sequential(critic, _orthogonal(nn.Linear(width, 1), gain=1.0))
+        self.log_std = nn.Parameter(torch.zeros(num_actions)) if gaussian else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        actions, values = self.actor(features), self.critic(features)
+        if self.log_std is None:
+            return torch.cat([actions, values], dim=1)
+        return torch.cat([actions, self.log_std.expand_as(actions), values], dim=1)
+
+
+class Pixels(nn.Module):
+    """Bytes 0 ... 255 to 0 ... 1."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels / 255
+
+
+def mlp_blocks(
+    shape: Sequence[int], num_actions: int, gaussian: bool, widths: Sequence[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Policy and value apart, each of layers of so many tanh units (Schulman et al. 2017, section 6.1)."""
+    yield "flatten", nn.Flatten()
+    actor, critic = _layers(prod(shape), widths), _layers(prod(shape), widths)
+    yield "heads", Heads(actor, critic, widths[-1], num_actions, gaussian)
+
+
+def nature_cnn_blocks(shape: Sequence[int], num_actions: int, gaussian: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The network of Mnih et al. 2015, with policy and value on top: for images (channels, height, width) of bytes.
+
+    Raises:
+        ValueError: the images are too small for it.
+    """
+    yield "pixels", Pixels()
+    channels, side = shape[0], list(shape[1:])
+    for index, (filters, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1)), start=1):
+        side = [(length - size) // stride + 1 for length in side]
+        if min(side) < 1:
+            raise ValueError("images of at least 36 x 36 are needed")
+        yield f"conv{index}", _orthogonal(nn.Conv2d(channels, filters, size, stride))
+        yield f"relu{index}", nn.ReLU()
+        channels = filters
+    yield "flatten", nn.Flatten()
+    yield "fc", _orthogonal(nn.Linear(channels * prod(side), 512))
+    yield "relu4", nn.ReLU()
+    yield "heads", Heads(nn.Identity(), nn.Identity(), 512, num_actions, gaussian)
+
+
+def _layers(width: int, widths: Sequence[int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in pairwise((width, *widths)):
+        layers += [_orthogonal(nn.Linear(before, after)), nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+def _orthogonal(layer: Layer, gain: float = sqrt(2)) -> Layer:
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
