@@ -25,7 +25,7 @@ def record(act: Act, settings: EnvSettings, picture: Path) -> Episode:
         OSError: it cannot be written.
         SettingsError: the environment cannot be made, or draws no pictures.
     """
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen
+    os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # not "dummy", with which highway-env draws nothing
     frames: list[NDArray[np.uint8]] = []
     episode, frames_per_second = (_record_game if is_game(settings) else _record_one)(act, settings, frames)
     first, *others = [Image.fromarray(frame).quantize(64) for frame in frames]
