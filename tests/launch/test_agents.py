@@ -69,7 +69,7 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
     seen = launch(f"python app/evaluate.py {tmp_path}/run --episodes 1 --record {tmp_path}/play.gif")
     assert seen.returncode == 0, seen.output
     with Image.open(tmp_path / "play.gif") as picture:
-        assert len(picture.convert("RGB").getcolors(2**16)) > 2  # something is drawn
+        assert len(picture.convert("RGB").getcolors(2**16) or []) > 2  # something is drawn
 
 
 @pytest.mark.parametrize(
