@@ -82,6 +82,9 @@ class Ppo(Task):
         start, stop = shard_bounds(num_envs, cluster.size)[cluster.rank : cluster.rank + 2]
         self.environments = cluster.on_every_rank(lambda: Environments(settings.env, int(stop - start)))
         self.actions = cluster.on_every_rank(lambda: _build_actions(self.environments, settings))
+        ppo = settings.ppo
+        self._weights = torch.tensor([1.0, ppo.value_coefficient, -ppo.entropy_coefficient], dtype=torch.float64)
+        self._weights = self._weights.to(cluster.device, self.dtype)
         self._shape: tuple[int, ...] = self.environments.observation_space.shape or ()
 
     # -- the model -------------------------------------------------------------------------------------------------
@@ -166,17 +169,18 @@ class Ppo(Task):
 
     def _whole(self, unit: Rollout) -> Minibatch:
         """Collective: all steps of the rollout, step by step and in it environment by environment."""
-        ppo, values = self.settings.ppo, unit.outputs[:, :, -1]
+        ppo = self.settings.ppo
+        distributions, values = _split(unit.outputs)
         advantages = generalised_advantages(
             unit.rewards, values, unit.next_values, unit.ends, ppo.gamma, ppo.gae_lambda
         )
         returns = (advantages + values).flatten()
-        actions, outputs = unit.actions.flatten(0, 1), unit.outputs.flatten(0, 1)[:, :-1]
+        actions = unit.actions.flatten(0, 1)
         return Minibatch(
             unit.observations.flatten(0, 1),
             unit.global_size,
             actions,
-            self.actions.log_prob_and_entropy(outputs, actions)[0],
+            self.actions.log_prob_and_entropy(distributions.flatten(0, 1), actions)[0],
             normalise(advantages.flatten(), self.cluster),
             returns,
             values.flatten(),
@@ -212,8 +216,11 @@ class Ppo(Task):
 
     def loss_sum(self, outputs: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
         """Equation 9, to be minimised."""
-        ppo, values = self.settings.ppo, outputs[:, -1]
-        log_probs, entropy = self.actions.log_prob_and_entropy(outputs[:, :-1], batch.actions)
+        ppo = self.settings.ppo
+        distributions, values = _split(outputs)
+        log_probs, entropy = self.actions.log_prob_and_entropy(distributions, batch.actions)
+        if ppo.entropy_coefficient == 0:
+            entropy = entropy.detach()  # a third of the backward pass of a small policy
         log_ratio = log_probs - batch.log_probs
         ratio = log_ratio.exp()
         surrogate = torch.min(ratio * batch.advantages, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * batch.advantages)
@@ -221,13 +228,13 @@ class Ppo(Task):
         if ppo.clip_value is not None:
             near = batch.values + (values - batch.values).clamp(-ppo.clip_value, ppo.clip_value)
             value_loss = torch.max(value_loss, (near - batch.returns) ** 2)
-        sums = torch.stack([-surrogate.sum(), value_loss.sum(), entropy.sum()])
+        sums = torch.stack([-surrogate, value_loss, entropy]).sum(1)
         with torch.no_grad():
-            divergence = (ratio - 1 - log_ratio).sum()  # of the old policy from the new one (Schulman 2020: k3)
-            clipped = ((ratio - 1).abs() > ppo.clip).sum()
-            tally = torch.cat([sums.double(), torch.stack([divergence.double(), clipped.double()])])
-            tally = torch.cat([tally, tally.new_tensor([len(batch)])])
-        return sums[0] + ppo.value_coefficient * sums[1] - ppo.entropy_coefficient * sums[2], tally
+            divergence = ratio - 1 - log_ratio  # of the old policy from the new one (Schulman 2020: k3)
+            clipped = ((ratio - 1).abs() > ppo.clip).to(ratio.dtype)
+            watched = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
+            tally = torch.cat([sums, watched]).double()
+        return self._weights.to(sums.dtype) @ sums, tally
 
     def scores(self, tally: Sequence[float]) -> dict[str, float]:
         count, (returns, lengths, num_episodes) = tally[COUNT], tally[COUNT + 1 :]
@@ -272,7 +279,7 @@ class Ppo(Task):
         self.cluster.recorder.beat()
         outputs = forward(torch.from_numpy(observations).to(self.cluster.device))
         assert outputs is not None
-        return self.actions.for_environments(self.actions.mode(outputs[:, :-1]))
+        return self.actions.for_environments(self.actions.mode(_split(outputs)[0]))
 
 
 def generalised_advantages(
@@ -304,6 +311,12 @@ def normalise(advantages: Tensor, cluster: Cluster) -> Tensor:
     variance = max(0.0, squares / count - mean**2)
     normalised: Tensor = (exact - mean) / (variance**0.5 + 1e-8)
     return normalised.to(advantages.dtype)
+
+
+def _split(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a policy's outputs (..., k + 1): what distributions take (..., k), and values (...)."""
+    distributions, values = outputs.split([outputs.shape[-1] - 1, 1], dim=-1)
+    return distributions, values.squeeze(-1)
 
 
 def _build_actions(environments: Environments, settings: Settings) -> Any:

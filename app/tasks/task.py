@@ -126,9 +126,10 @@ class Task(ABC):
         """What `model`, or one of its blocks, makes of `inputs` (n, ...), in the run's precision."""
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=self._layout)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._in_bf16):
-            output: Tensor = model(inputs)
-        return output
+        if self._in_bf16:
+            with torch.autocast(inputs.device.type, torch.bfloat16):
+                return model(inputs)  # type: ignore[no-any-return]
+        return model(inputs)  # type: ignore[no-any-return]
 
     @abstractmethod
     def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
