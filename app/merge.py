@@ -15,11 +15,13 @@ from torch import Tensor
 
 from app.cluster.failure import SettingsError, StorageError, run_alone
 from app.parallel.merge import merge_shards
+from app.training.averaging import AVERAGE
 from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
 from app.training.run_folder import MODEL, replacing
 from app.training.tensor_file import TensorFileWriter
 
 PREFIX = "model/"
+AVERAGE_PREFIX = f"optimizer/{AVERAGE}/"
 
 
 def main() -> None:
@@ -45,7 +47,8 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
     like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
     with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
         for name, tensor in like.items():
-            parts = checkpoint.parts(f"{PREFIX}{name}")
+            average = f"{AVERAGE_PREFIX}{name}"  # where the run keeps one, it is its model
+            parts = checkpoint.parts(average if average in checkpoint.shapes else f"{PREFIX}{name}")
             try:
                 merged = merge_shards({name: parts}, like={name: tensor})
             except ValueError as error:

@@ -117,12 +117,13 @@ def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorF
         StorageError: on rank 0: it cannot be written.
     """
     strategy = trainer.strategy
-    if not cluster.is_root:
-        strategy.merge(None)
-        return None
-    with folder.model_writer(strategy.like) as writer:
-        strategy.merge(writer.write)
-    return writer
+    with strategy.averaged():
+        if not cluster.is_root:
+            strategy.merge(None)
+            return None
+        with folder.model_writer(strategy.like) as writer:
+            strategy.merge(writer.write)
+        return writer
 
 
 def _finish(

@@ -95,6 +95,9 @@ class Settings:
             True,
             f"it does not go with {how}",
         )
+        optimizer = self.optimizer.name
+        whole = optimizer not in ("lars", "lamb") or not how.startswith("zero")
+        check(whole, "optimizer.name", optimizer, f"it takes the norms of whole layers, which {how} cuts in parts")
         for name, value, usual in (("reduction", gradient.reduction, "sum"), ("wire", gradient.wire, "full")):
             fits = value == usual or how == "replicated" or (how == "pipeline" and name == "wire")
             check(fits, f"gradient.{name}", value, f"it does not go with {how}")

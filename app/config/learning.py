@@ -1,7 +1,7 @@
 """How it learns, and how the ranks share the work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from app.config.check import check
@@ -11,14 +11,14 @@ from app.config.check import check
 class OptimizerSettings:
     """How the gradient becomes a step."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """The optimizer, from torch.optim."""
+    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = "sgd"
+    """sgd, adam, adamw: from torch.optim; for large batches lars (You et al. 2017) and lamb (You et al. 2020)."""
 
     learning_rate: float = 0.05
     """The highest learning rate of the schedule."""
 
     momentum: float = 0.9
-    """For sgd only."""
+    """For sgd and lars."""
 
     weight_decay: float = 5e-4
     """Decay of the weights; coupled to the gradient except with adamw."""
@@ -26,8 +26,19 @@ class OptimizerSettings:
     decay_vectors: bool = True
     """Apply the decay to biases and normalisations, too, and not to matrices and filters alone."""
 
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """How the learning rate goes on after the warm-up: cosine falls to 0 at the last update."""
+    schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
+    """How the learning rate goes on after the warm-up: linear and cosine fall to 0 at the last update; step falls by
+    step_factor at each of step_at."""
+
+    step_at: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    """step: the shares of the run after which the rate falls."""
+
+    step_factor: float = 0.1
+    """step: what it falls to, each time, of what it was."""
+
+    average_decay: float | None = None
+    """Keep a moving average of the weights, of which each update leaves this share (such as 0.99); it is evaluated and
+    merged in place of the last weights."""
 
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly from 0."""
@@ -42,6 +53,11 @@ class OptimizerSettings:
         check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "it must be at least 0 and below 1")
         decay = self.weight_decay
         check(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "it must be finite, not negative")
+        shares, factor, average = self.step_at, self.step_factor, self.average_decay
+        fits = all(0 < share < 1 for share in shares) and shares == sorted(shares)
+        check(fits, "optimizer.step_at", shares, "rising shares of the run, between 0 and 1, are needed")
+        check(0 < factor <= 1, "optimizer.step_factor", factor, "it must be above 0 and at most 1")
+        check(average is None or 0 < average < 1, "optimizer.average_decay", average, "it must lie between 0 and 1")
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
 
 

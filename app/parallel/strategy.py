@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from app.parallel.buffers import Buffers
 from app.parallel.merge import merge_on_root
 from app.parallel.parts import Piece, SavedState, State, load_optimizer, optimizer_state
 from app.parallel.sentinel import compare_replicas
+from app.training.averaging import exchange_with_average, has_average
 
 Blocks = Iterable[tuple[str, nn.Module]]
 """A model as an ordered list of named blocks, each of which takes one tensor and gives one; made as they are asked for,
@@ -172,6 +174,23 @@ class Strategy(ABC):
         culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
         where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
         return NonFiniteError(f"{where} is infinite or not a number").on_all_ranks()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Collective: inside, the model is the moving average of its weights, if the optimizer keeps one."""
+        if not has_average(self.optimizer):
+            yield
+            return
+        exchange_with_average(self.optimizer)
+        self._publish()
+        try:
+            yield
+        finally:
+            exchange_with_average(self.optimizer)
+            self._publish()
+
+    def _publish(self) -> None:  # noqa: B027  # most have nothing to do
+        """Collective: parameters are where they are needed, after some have changed."""
 
     # -- state -----------------------------------------------------------------------------------------------------
 

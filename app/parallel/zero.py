@@ -106,6 +106,9 @@ class Zero(Strategy):
 
     def _step(self) -> None:
         super()._step()
+        self._publish()
+
+    def _publish(self) -> None:
         self._parted.publish()
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:

@@ -211,7 +211,9 @@ class Trainer:
         self._enter("evaluation")
         strategy, layout = self.strategy, self._layout
         forward = partial(strategy.forward, self.task)
-        evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
+        self.writer.wait_for_copy()  # of weights that the average now takes the place of
+        with strategy.averaged():
+            evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
         progress = self.progress
         self._journal.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
         return evaluation
@@ -257,6 +259,7 @@ class Trainer:
             **self.task.must_stay(self.loader, num_shards),
             "optimizer.name": settings.optimizer.name,
             "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+            "optimizer.average_decay": settings.optimizer.average_decay,
             "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
         }
 

@@ -1,24 +1,34 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from app.config import OptimizerSettings
+from app.training.averaging import keep_average
+from app.training.large_batch import Lamb, Lars
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer of `settings` over all parameters of `model`, made once and kept through the run.
 
-    Fused: one pass over the parameters, where PyTorch's default on CPUs goes through them once for each operation.
+    SGD and Adam are fused: one pass over the parameters, where PyTorch's default on CPUs makes one for each operation.
     """
-    rate, groups = settings.learning_rate, parameter_groups(model, settings)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, fused=True)
-    build = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return build(groups, lr=rate, fused=True)
+    rate, groups, momentum = settings.learning_rate, parameter_groups(model, settings), settings.momentum
+    build: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "sgd": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, fused=True),
+        "adam": lambda: torch.optim.Adam(groups, lr=rate, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=rate, fused=True),
+        "lars": lambda: Lars(groups, lr=rate, momentum=momentum),
+        "lamb": lambda: Lamb(groups, lr=rate),
+    }
+    optimizer = build[settings.name]()
+    if settings.average_decay is not None:
+        keep_average(optimizer, settings.average_decay)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
@@ -33,7 +43,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
 
 
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:
-    """The learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then constant or a half cosine to 0.
+    """The learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then as `schedule` says.
 
     All of it is times `learning_rate_scale`.
     """
@@ -43,7 +53,10 @@ def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num
         return highest * (step + 1) / warmup
     if settings.schedule == "constant":
         return highest
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+    if settings.schedule == "step":
+        return highest * settings.step_factor ** sum(step >= share * num_steps for share in settings.step_at)
+    done = (step - warmup) / max(1, num_steps - warmup)
+    return highest * (1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def learning_rate_scale(settings: OptimizerSettings, num_ranks: int) -> int:

@@ -37,6 +37,7 @@ SETTINGS = Settings(
     proof=ProofSettings(ledger=True, sentinel_interval=3),
 )
 ADAM = replace(SETTINGS, optimizer=OptimizerSettings(name="adam", learning_rate=1e-3, weight_decay=1e-2))
+LAMB = replace(SETTINGS, optimizer=OptimizerSettings(name="lamb", learning_rate=1e-3, average_decay=0.9))
 STOPS = (8, 11)  # the epoch has 7 updates; checkpoints lie at 5 and 10
 
 
@@ -70,7 +71,7 @@ def _state(trainer: Trainer) -> dict[str, Tensor]:
     return whole_values(trainer.strategy)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("settings", [SETTINGS, ADAM, LAMB], ids=["sgd", "adam", "lamb"])
 @pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (1, 2, 3)])
 def test_a_stopped_run_goes_on_bit_for_bit(cluster: Cluster, size: int, settings: Settings, tmp_path: Path) -> None:
     """Dropout on, momentum and weight decay on, float32, stopped twice in mid-epoch."""

@@ -5,6 +5,8 @@ import torch
 
 from app.config import OptimizerSettings
 from app.models.net import Net
+from app.training.averaging import exchange_with_average, has_average
+from app.training.large_batch import Lamb, Lars
 from app.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 
 
@@ -73,3 +75,86 @@ def test_the_optimizer_is_the_one_asked_for(
         assert group["momentum"] == 0.8
     set_learning_rate(optimizer, 0.7)
     assert group["lr"] == 0.7
+
+
+def test_the_line_falls_to_0_and_the_steps_fall_where_they_say() -> None:
+    line = OptimizerSettings(learning_rate=0.4, schedule="linear", warmup_steps=2)
+    assert [learning_rate_at(step, 10, line, 1) for step in (1, 2, 6, 10)] == pytest.approx([0.4, 0.4, 0.2, 0.0])
+    steps = OptimizerSettings(learning_rate=0.8, schedule="step", step_at=[0.5, 0.7], step_factor=0.25)
+    rates = [learning_rate_at(step, 10, steps, 1) for step in range(10)]
+    assert rates == pytest.approx([0.8] * 5 + [0.2] * 2 + [0.05] * 3)
+
+
+def _layers() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    matrix, vector = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (4,)))
+    return torch.nn.Parameter(matrix), torch.nn.Parameter(vector)
+
+
+def _gradients(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 + step)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (4,))]
+
+
+def test_lars_is_algorithm_1() -> None:
+    parameters = _layers()
+    optimizer = Lars([{"params": parameters, "weight_decay": 0.1}], lr=0.5, momentum=0.9, trust=0.02)
+    expected = [parameter.detach().clone() for parameter in parameters]
+    velocities = [torch.zeros_like(tensor) for tensor in expected]
+    for step in range(3):
+        for index, gradient in enumerate(_gradients(step)):
+            parameters[index].grad = gradient
+            weights = expected[index]
+            norms = float((weights**2).sum()) ** 0.5, float((gradient**2).sum()) ** 0.5
+            local = 0.02 * norms[0] / (norms[1] + 0.1 * norms[0]) if index == 0 else 1.0
+            velocities[index] = 0.9 * velocities[index] + 0.5 * local * (gradient + 0.1 * weights)
+            expected[index] = weights - velocities[index]
+        optimizer.step()
+    for parameter, tensor in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), tensor, rtol=1e-12, atol=1e-12)
+
+
+def test_lamb_is_algorithm_2() -> None:
+    parameters = _layers()
+    optimizer = Lamb([{"params": parameters, "weight_decay": 0.1}], lr=0.05)
+    expected = [parameter.detach().clone() for parameter in parameters]
+    means, squares = ([torch.zeros_like(tensor) for tensor in expected] for _ in range(2))
+    for step in range(1, 4):
+        for index, gradient in enumerate(_gradients(step)):
+            parameters[index].grad = gradient
+            means[index] = 0.9 * means[index] + 0.1 * gradient
+            squares[index] = 0.999 * squares[index] + 0.001 * gradient**2
+            mean, square = means[index] / (1 - 0.9**step), squares[index] / (1 - 0.999**step)
+            update = mean / (square.sqrt() + 1e-6) + 0.1 * expected[index]
+            norms = float((expected[index] ** 2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
+            expected[index] = expected[index] - 0.05 * (norms[0] / norms[1] if index == 0 else 1.0) * update
+        optimizer.step()
+    for parameter, tensor in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [Lars, Lamb])
+def test_a_layer_of_zeros_can_learn(optimizer: type[Lars] | type[Lamb]) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    parameter.grad = torch.ones(2, 2, dtype=torch.float64)
+    optimizer([{"params": [parameter]}], lr=0.1).step()
+    assert parameter.detach().abs().min() > 0.05
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "lars", "lamb"])
+def test_the_average_follows_the_weights(name: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    optimizer = build_optimizer(model, OptimizerSettings(name=name, average_decay=0.75))  # type: ignore[arg-type]
+    expected: torch.Tensor | None = None
+    for _ in range(5):
+        model(torch.ones(1, 3, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        weights = model.weight.detach().clone()
+        expected = weights if expected is None else 0.75 * expected + 0.25 * weights
+    assert expected is not None
+    assert has_average(optimizer)
+    exchange_with_average(optimizer)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    exchange_with_average(optimizer)
+    assert torch.equal(model.weight.detach(), weights)

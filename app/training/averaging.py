@@ -1,0 +1,43 @@
+"""The moving average of a model's weights (Polyak and Juditsky 1992), which often does better than the last of them.
+
+It is one more entry of the optimizer's state for each parameter. So it is saved, resumed on any number of ranks, cut as
+the parameters are, and compared over the ranks like the rest.
+"""
+
+from typing import Any
+
+import torch
+
+AVERAGE = "average"
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """From now on, after each step: average = decay * average + (1 - decay) * weights. The first weights begin it."""
+
+    def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        averages, weights = [], []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if AVERAGE in state:
+                    averages.append(state[AVERAGE])
+                    weights.append(parameter.detach())
+                else:
+                    state[AVERAGE] = torch.empty_like(parameter).copy_(parameter.detach()).detach()
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    optimizer.register_step_post_hook(follow)
+
+
+def has_average(optimizer: torch.optim.Optimizer) -> bool:
+    return any(AVERAGE in state for state in optimizer.state.values())
+
+
+@torch.no_grad()
+def exchange_with_average(optimizer: torch.optim.Optimizer) -> None:
+    """Weights become their average, and the average what they were; a second time undoes it."""
+    for parameter, state in optimizer.state.items():
+        before = parameter.clone()
+        parameter.copy_(state[AVERAGE])
+        state[AVERAGE].copy_(before)
