@@ -7,11 +7,11 @@ python app/evaluate.py runs/latest --record play.gif     one of them as moving p
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from app.training.build import build_task
 from app.training.run_folder import RunFolder, storage_errors
 
 NUM_MISTAKES = 24
+MAX_CLASSES_SHOWN = 25
 
 
 def main(cluster: Cluster) -> None:
@@ -37,8 +38,8 @@ def main(cluster: Cluster) -> None:
     cluster.on_every_rank(lambda: _load(model, folder))
     evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
-        if isinstance(evaluation, Evaluation):
-            _print_confusion(evaluation.confusion)
+        if isinstance(task, Classify) and isinstance(evaluation, Evaluation):
+            _print_confusion(evaluation.confusion, task.held_out.classes)
         print(evaluation)
         if isinstance(task, Classify):
             _draw_worst_mistakes(task, model, folder.path / "mistakes.png")
@@ -68,8 +69,9 @@ def _load(model: nn.Module, folder: RunFolder) -> None:
         raise StorageError(f"{folder.path}: the merged model does not fit its own settings.yaml: {error}") from error
 
 
-def _print_confusion(confusion: Tensor) -> None:
-    classes = [str(index) for index in range(len(confusion))]
+def _print_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
+    if len(classes) > MAX_CLASSES_SHOWN:
+        return
     table = Table(title="Confusion matrix (rows: true class, columns: predicted)")
     for heading in ("", *classes):
         table.add_column(heading, justify="right")
@@ -82,16 +84,14 @@ def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> Non
     """The wrong answers in which the true class was held least likely."""
     from app.training.plots import plot_mistakes  # matplotlib is for rank 0 alone
 
-    held_out = task.held_out
-    output, labels = task.predict(model, torch.arange(len(held_out), device=held_out.labels.device))
-    predicted = output.argmax(1)
+    output, labels = task.predict(model)
+    predicted, names = output.argmax(1), task.held_out.classes
     wrong = (predicted != labels).nonzero().flatten()
-    worst = wrong[output[wrong, labels[wrong]].argsort()][:NUM_MISTAKES]
-    titles = [f"{labels[index]} taken for {predicted[index]}" for index in worst.tolist()]
+    worst = wrong[output[wrong, labels[wrong]].argsort()][:NUM_MISTAKES].cpu()
+    titles = [f"{names[int(labels[index])]} taken for {names[int(predicted[index])]}" for index in worst.tolist()]
+    pictures = task.held_out.pictures(worst.numpy())
     with storage_errors():
-        plot_mistakes(
-            held_out.images[worst], titles, picture, f"{len(wrong)} mistakes of {len(labels)}, the worst first"
-        )
+        plot_mistakes(pictures, titles, picture, f"{len(wrong)} mistakes of {len(labels)}, the worst first")
     print(f"Worst mistakes: {picture}")
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from app.config.check import check
 
-NAMES = ("net", "vit", "mlp", "nature_cnn")
-
 
 @dataclass(frozen=True)
 class VitSettings:
@@ -22,7 +20,7 @@ class VitSettings:
     """Heads of attention in each layer."""
 
     patch_size: int = 7
-    """Side of the patches, in pixels, that an image is cut into; 28 must be a multiple of it."""
+    """Side of the patches, in pixels, that an image is cut into; the images' side must be a multiple of it."""
 
     dropout: float = 0.0
     """Probability of dropping a unit within the layers."""
@@ -31,9 +29,6 @@ class VitSettings:
         for name in ("width", "depth", "num_heads", "patch_size"):
             check(getattr(self, name) >= 1, f"model.vit.{name}", getattr(self, name), "it must be at least 1")
         check(self.width % self.num_heads == 0, "model.vit.width", self.width, "it must be a multiple of num_heads")
-        check(
-            28 % self.patch_size == 0, "model.vit.patch_size", self.patch_size, "the images' side, 28, is no multiple"
-        )
         check(0 <= self.dropout < 1, "model.vit.dropout", self.dropout, "a probability below 1 is needed")
 
 
@@ -42,11 +37,12 @@ class ModelSettings:
     """What learns."""
 
     name: str = "net"
-    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021); for ppo
-    mlp or nature_cnn; or a network of your own by its name, my_package.MyNet."""
+    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021); resnet18
+    and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own by its name,
+    my_package.MyNet."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """What a network of your own is made with."""
+    """What a network of torchvision's or of your own is made with, beside the shape of its inputs and outputs."""
 
     dropout1: float = 0.25
     """net: probability of dropping a channel after the convolutions."""
@@ -66,8 +62,6 @@ class ModelSettings:
     """Compile the model with torch.compile: worth its first minute on GPUs and for models of many small layers."""
 
     def __post_init__(self) -> None:
-        known = self.name in NAMES or "." in self.name
-        check(known, "model.name", self.name, f"{', '.join(NAMES)}, or a network of your own, my_package.MyNet")
         widths = self.mlp_widths
         check(bool(widths) and min(widths) >= 1, "model.mlp_widths", widths, "layers of at least one unit are needed")
         for name in ("dropout1", "dropout2"):

@@ -23,6 +23,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def take(self, rows: Tensor, global_size: int) -> Self:
+        """The samples in these `rows` (k,), where all ranks together take `global_size`."""
+        chosen: dict[str, Any] = {
+            item.name: value[rows] for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **{**chosen, "global_size": global_size})
+
     def split(self, num_pieces: int, allow_empty: bool = False) -> list[Self]:
         """Up to `num_pieces` pieces of this rank's part, of nearly equal size; none is empty unless all of it is.
 

@@ -1,13 +1,15 @@
 """Batches with a position: (epoch, consumed) says all that is needed to go on from there, on any number of shards."""
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from app.data.batch import Batch
-from app.data.image_set import ImageSet
+from app.data.image_set import LabelledImages
 from app.data.sharding import Ids, Sharding, data_shard, epoch_order
 
 
@@ -19,11 +21,15 @@ class LabelledBatch(Batch):
         targets: (n,) int64.
         ids: (n,) which samples of the data set these are.
         index: the number of the global batch in its epoch.
+        partner_targets: (n,) int64 of the samples that these are mixed with.
+        share: of each sample in its mixture.
     """
 
     targets: Tensor
     ids: Ids
     index: int
+    partner_targets: Tensor | None = None
+    share: float = 1.0
 
 
 class BatchLoader:
@@ -38,13 +44,14 @@ class BatchLoader:
 
     def __init__(
         self,
-        images: ImageSet,
+        images: LabelledImages,
         batch_size: int,
         sharding: Sharding,
         shard_id: int,
         num_shards: int,
         seed: int,
         dtype: torch.dtype,
+        mixup: float = 0.0,
     ) -> None:
         self._images = images
         self.batch_size = batch_size
@@ -53,6 +60,7 @@ class BatchLoader:
         self._num_shards = num_shards
         self._seed = seed
         self._dtype = dtype
+        self._mixup = mixup
         self.epoch = 0
         self.consumed = 0
 
@@ -77,11 +85,48 @@ class BatchLoader:
     def rest_of_epoch(self) -> Iterator[LabelledBatch]:
         """This shard's part of every global batch that is left of the epoch; then the position is the next epoch."""
         order = epoch_order(len(self._images), self._seed, self.epoch)
-        while self.consumed < len(order):
-            global_ids = order[self.consumed : self.consumed + self.batch_size]
+        first = self.consumed
+        on_their_way: deque[tuple[Ids, Ids]] = deque()
+
+        def wanted() -> Iterator[Ids]:
+            for start in range(first, len(order), self.batch_size):
+                whole = order[start : start + self.batch_size]
+                mine = data_shard(whole, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
+                on_their_way.append((mine, whole))
+                yield with_partners(mine, whole) if self._mixup else mine
+
+        for inputs, targets in self._images.batches(wanted(), self._dtype, (self._seed, self.epoch)):
+            ids, global_ids = on_their_way.popleft()
             index = self.consumed // self.batch_size
             self.consumed += len(global_ids)
-            ids = data_shard(global_ids, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
-            inputs, targets = self._images.batch(torch.from_numpy(ids).to(self._images.labels.device), self._dtype)
-            yield LabelledBatch(inputs, len(global_ids), targets, ids, index)
+            batch = LabelledBatch(inputs, len(global_ids), targets, ids, index)
+            yield self._mixed(batch, global_ids) if self._mixup else batch
         self.epoch, self.consumed = self.epoch + 1, 0
+
+    def _mixed(self, batch: LabelledBatch, global_ids: Ids) -> LabelledBatch:
+        """`batch`, of which the inputs and targets are those of `with_partners`, mixed (Zhang et al. 2018)."""
+        ids = batch.ids
+        row_of = {number: row for row, number in enumerate(with_partners(ids, global_ids).tolist())}
+        partners = partners_of(ids, global_ids).tolist()
+        rows = torch.tensor([row_of[number] for number in partners], dtype=torch.int64, device=batch.inputs.device)
+        generator = np.random.default_rng((self._seed, self.epoch, batch.index))
+        share = float(generator.beta(self._mixup, self._mixup))
+        own = batch.inputs[: len(ids)]
+        return replace(
+            batch,
+            inputs=own.lerp(batch.inputs[rows], 1 - share),
+            targets=batch.targets[: len(ids)],
+            partner_targets=batch.targets[rows],
+            share=share,
+        )
+
+
+def partners_of(ids: Ids, global_ids: Ids) -> Ids:
+    """The sample after each of `ids` in the global batch, after the last one the first."""
+    after = dict(zip(global_ids.tolist(), np.roll(global_ids, -1).tolist(), strict=True))
+    return np.array([after[number] for number in ids.tolist()], dtype=global_ids.dtype)
+
+
+def with_partners(ids: Ids, global_ids: Ids) -> Ids:
+    """`ids`, and behind them those of their partners that are not among them."""
+    return np.concatenate([ids, np.setdiff1d(partners_of(ids, global_ids), ids)])

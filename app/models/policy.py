@@ -12,6 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from app.cluster.failure import SettingsError
+from app.config import ModelSettings
+from app.imports import find
+from app.models.actions import Actions, Gaussian
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -45,6 +50,26 @@ class Pixels(nn.Module):
         return pixels / 255
 
 
+def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Actions) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of the policy that a user names, for observations (n, *shape).
+
+    Raises:
+        SettingsError: on every rank: there is no such policy, or it does not take such observations.
+    """
+    gaussian = isinstance(actions, Gaussian)
+    try:
+        if settings.name == "mlp":
+            yield from mlp_blocks(shape, actions.num_actions, gaussian, settings.mlp_widths)
+        elif settings.name == "nature_cnn":
+            yield from nature_cnn_blocks(shape, actions.num_actions, gaussian)
+        elif "." in settings.name:
+            yield "policy", find(settings.name, "model.name")(shape, actions.num_outputs + 1, **settings.options)
+        else:
+            raise ValueError("ppo takes mlp, nature_cnn or a policy of your own, my_package.MyPolicy")
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
+
+
 def mlp_blocks(
     shape: Sequence[int], num_actions: int, gaussian: bool, widths: Sequence[int]
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -58,8 +83,10 @@ def nature_cnn_blocks(shape: Sequence[int], num_actions: int, gaussian: bool) ->
     """The network of Mnih et al. 2015, with policy and value on top: for images (channels, height, width) of bytes.
 
     Raises:
-        ValueError: the images are too small for it.
+        ValueError: there are no images, or they are too small for it.
     """
+    if len(shape) != 3:
+        raise ValueError(f"it takes images, and observations are {tuple(shape)}: use mlp")
     yield "pixels", Pixels()
     channels, side = shape[0], list(shape[1:])
     for index, (filters, size, stride) in enumerate(((32, 8, 4), (64, 4, 2), (64, 3, 1)), start=1):

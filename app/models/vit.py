@@ -45,7 +45,13 @@ def vit_blocks(
     channels: int = 1,
     num_classes: int = 10,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the network, in order: about 12 `depth` `width`^2 parameters."""
+    """The blocks of the network, in order: about 12 `depth` `width`^2 parameters.
+
+    Raises:
+        ValueError: the images cannot be cut into such patches.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"model.vit.patch_size is {patch_size}, and the images' side, {image_size}, is no multiple")
     yield "patches", Patches(image_size, channels, patch_size, width)
     for index in range(depth):
         yield (

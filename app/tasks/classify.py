@@ -1,30 +1,27 @@
 """The task of telling classes apart: images in, log-probabilities out, the negative log-likelihood as loss."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from app.cluster.comm import Cluster
-from app.config import DataSettings, Settings
-from app.data.digits import load_digits
-from app.data.image_set import ImageSet
+from app.config import Settings
+from app.data.data_sets import fetch, load_images
 from app.data.loader import BatchLoader, LabelledBatch
-from app.data.mnist import download_mnist, load_mnist
 from app.data.sharding import shard_bounds
-from app.data.synthetic import load_synthetic
-from app.models.net import net_blocks
-from app.models.vit import vit_blocks
+from app.models.classifier import classifier_blocks
 from app.parallel.strategy import Strategy
 from app.tasks.task import Forward, Task, evaluating
 from app.training.seeding import seed_model
 
 EVALUATION_BATCH_SIZE = 500
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,18 @@ class Evaluation:
 
     Attributes:
         loss: mean negative log-likelihood.
+        num_in_top: samples whose true class is among the five that are held likeliest.
         confusion: (num_classes, num_classes) int64, rows the true class and columns the predicted one.
     """
 
     loss: float
+    num_in_top: int
     confusion: Tensor
 
     @property
     def scores(self) -> dict[str, float]:
-        return {"accuracy": self.accuracy, "loss": self.loss}
+        top = {"top5_accuracy": self.num_in_top / max(1, self.num_samples)} if len(self.confusion) > TOP else {}
+        return {"accuracy": self.accuracy, "loss": self.loss, **top}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -73,23 +73,18 @@ class Classify(Task):
             DataError: on every rank, if the data is missing on any.
         """
         super().__init__(settings, cluster)
-        cluster.on_root(lambda: _fetch(settings.data))
-        sets = cluster.on_every_rank(lambda: [_load(settings.data, train) for train in (True, False)])
+        cluster.on_root(lambda: fetch(settings.data))
+        sets = cluster.on_every_rank(lambda: [load_images(settings.data, train) for train in (True, False)])
         self._train, self.held_out = (images.to(cluster.device) for images in sets)
 
     def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        settings = self.settings.model
         seed_model(self.settings.seed)
-        if settings.name == "vit":
-            blocks = vit_blocks(**asdict(settings.vit))
-        else:
-            blocks = net_blocks(settings.dropout1, settings.dropout2)
-        for name, block in blocks:
+        for name, block in classifier_blocks(self.settings.model, self._train.shape, len(self._train.classes)):
             yield name, block.to(self.cluster.device, self.dtype).to(memory_format=self._layout)
 
     def example_inputs(self, num_samples: int) -> Tensor:
-        ids = torch.arange(min(num_samples, len(self._train)), device=self.cluster.device)
-        return self._train.batch(ids, self.dtype)[0]
+        ids = np.arange(min(num_samples, len(self._train)))
+        return next(self._train.batches([ids], self.dtype))[0]
 
     @property
     def num_epochs(self) -> int:
@@ -112,13 +107,22 @@ class Classify(Task):
             num_shards,
             seed=self.settings.seed,
             dtype=self.dtype,
+            mixup=data.mixup,
         )
 
     def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        loss = F.nll_loss(outputs, batch.targets, reduction="sum")
+        loss = self._loss(outputs, batch.targets)
+        if batch.partner_targets is not None:
+            loss = batch.share * loss + (1 - batch.share) * self._loss(outputs, batch.partner_targets)
         num_correct = (outputs.detach().argmax(1) == batch.targets).sum()
         num_samples = torch.full_like(num_correct, len(batch.targets))
         return loss, torch.stack([loss.detach().double(), num_correct, num_samples])
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.nll_loss(outputs, targets, reduction="sum")
+        if (smoothing := self.settings.data.label_smoothing) > 0:
+            return (1 - smoothing) * loss - smoothing * outputs.mean(1).sum()
+        return loss
 
     def scores(self, tally: Sequence[float]) -> dict[str, float]:
         loss_sum, num_correct, num_samples = tally
@@ -144,42 +148,33 @@ class Classify(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
         """Collective: the held-out samples are divided over the shards, and counts are summed over all ranks once."""
-        num_classes = self.held_out.num_classes
+        num_classes = len(self.held_out.classes)
         start, stop = shard_bounds(len(self.held_out), num_shards)[shard_id : shard_id + 2]
-        ids = torch.arange(start, stop, device=self.cluster.device)
-        sums = torch.zeros(1 + num_classes**2, dtype=torch.float64, device=self.cluster.device)
+        sums = torch.zeros(2 + num_classes**2, dtype=torch.float64, device=self.cluster.device)
         # As many pieces on every rank: a model in parts is gathered for each.
         largest = -(-len(self.held_out) // num_shards)
+        pieces = np.array_split(np.arange(start, stop), max(1, -(-largest // EVALUATION_BATCH_SIZE)))
         with evaluating(model):
-            for piece in ids.tensor_split(max(1, -(-largest // EVALUATION_BATCH_SIZE))):
+            for inputs, labels in self.held_out.batches(pieces, self.dtype):
                 self.cluster.recorder.beat()
-                inputs, labels = self.held_out.batch(piece, self.dtype)
                 if (output := forward(inputs)) is not None:
                     sums[0] += F.nll_loss(output.double(), labels, reduction="sum")
-                    sums[1:] += torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
+                    sums[1] += (output.topk(min(TOP, num_classes)).indices == labels[:, None]).sum()
+                    sums[2:] += torch.bincount(labels * num_classes + output.argmax(1), minlength=num_classes**2)
         sums = self.cluster.sum_(sums, name="evaluation").cpu()
         return Evaluation(
             loss=sums[0].item() / max(1, len(self.held_out)),
-            confusion=sums[1:].to(torch.int64).view(num_classes, num_classes),
+            num_in_top=int(sums[1]),
+            confusion=sums[2:].to(torch.int64).view(num_classes, num_classes),
         )
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (n, num_classes) and labels (n,) of the held-out samples `ids` (n,). Not a collective."""
+    def predict(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n, num_classes) and labels (n,) of all held-out samples. Not a collective."""
+        count = len(self.held_out)
+        pieces = np.array_split(np.arange(count), max(1, -(-count // EVALUATION_BATCH_SIZE)))
         with evaluating(model):
-            pieces = torch.split(ids, EVALUATION_BATCH_SIZE)
-            outputs = [self.outputs(model, self.held_out.batch(piece, self.dtype)[0]) for piece in pieces]
-        return torch.cat(outputs), self.held_out.labels[ids]
-
-
-def _fetch(data: DataSettings) -> None:
-    if data.name == "mnist":
-        download_mnist(Path(data.root))
-
-
-def _load(data: DataSettings, train: bool) -> ImageSet:
-    if data.name == "mnist":
-        return load_mnist(Path(data.root), train)
-    if data.name == "synthetic":
-        return load_synthetic(data.num_samples, train)
-    return load_digits(train)
+            found = [
+                (self.outputs(model, inputs), labels) for inputs, labels in self.held_out.batches(pieces, self.dtype)
+            ]
+        return torch.cat([outputs for outputs, _ in found]), torch.cat([labels for _, labels in found])

@@ -25,10 +25,9 @@ from app.cluster.failure import SettingsError
 from app.config import Settings
 from app.data.batch import Batch
 from app.data.sharding import shard_bounds
-from app.imports import find
-from app.models.policy import mlp_blocks, nature_cnn_blocks
+from app.models.actions import build_actions
+from app.models.policy import policy_blocks
 from app.parallel.strategy import Strategy
-from app.tasks.actions import Gaussian, build_actions
 from app.tasks.environments import Environments
 from app.tasks.playing import Episodes, play
 from app.tasks.rollout import Rollout, Rollouts
@@ -81,7 +80,7 @@ class Ppo(Task):
             cluster.require_mpi("ppo.preemption_threshold is set: ranks tell each other when they have finished")
         start, stop = shard_bounds(num_envs, cluster.size)[cluster.rank : cluster.rank + 2]
         self.environments = cluster.on_every_rank(lambda: Environments(settings.env, int(stop - start)))
-        self.actions = cluster.on_every_rank(lambda: _build_actions(self.environments, settings))
+        self.actions = cluster.on_every_rank(lambda: build_actions(self.environments.action_space))
         ppo = settings.ppo
         self._weights = torch.tensor([1.0, ppo.value_coefficient, -ppo.entropy_coefficient], dtype=torch.float64)
         self._weights = self._weights.to(cluster.device, self.dtype)
@@ -95,24 +94,8 @@ class Ppo(Task):
             SettingsError: on every rank: the policy that is asked for does not fit the environment.
         """
         seed_model(self.settings.seed)
-        for name, block in self._blocks():
+        for name, block in policy_blocks(self.settings.model, self._shape, self.actions):
             yield name, block.to(self.cluster.device, self.dtype).to(memory_format=self._layout)
-
-    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        model, space = self.settings.model, self.actions
-        gaussian = isinstance(space, Gaussian)
-        if model.name == "mlp":
-            return mlp_blocks(self._shape, space.num_actions, gaussian, model.mlp_widths)
-        if model.name == "nature_cnn":
-            if len(self._shape) != 3:
-                message = f"model.name is nature_cnn: it takes images, and observations are {self._shape}: use mlp"
-                raise SettingsError(message).on_all_ranks()
-            return nature_cnn_blocks(self._shape, space.num_actions, gaussian)
-        if "." not in model.name:
-            message = f"model.name is {model.name}: ppo takes mlp, nature_cnn or a policy of your own"
-            raise SettingsError(message).on_all_ranks()
-        policy = find(model.name, "model.name")(self._shape, space.num_outputs + 1, **model.options)
-        return iter([("policy", policy)])
 
     def example_inputs(self, num_samples: int) -> Tensor:
         return torch.zeros((num_samples, *self._shape), device=self.cluster.device)
@@ -204,15 +187,7 @@ class Ppo(Task):
         ]
         for rows, global_size in zip(np.array_split(order, num_minibatches), sizes, strict=True):
             chosen = torch.from_numpy((rows * num_envs + np.arange(num_envs)).ravel()).to(self.cluster.device)
-            yield Minibatch(
-                whole.inputs[chosen],
-                global_size,
-                whole.actions[chosen],
-                whole.log_probs[chosen],
-                whole.advantages[chosen],
-                whole.returns[chosen],
-                whole.values[chosen],
-            )
+            yield whole.take(chosen, global_size)
 
     def loss_sum(self, outputs: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
         """Equation 9, to be minimised."""
@@ -317,10 +292,3 @@ def _split(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Of a policy's outputs (..., k + 1): what distributions take (..., k), and values (...)."""
     distributions, values = outputs.split([outputs.shape[-1] - 1, 1], dim=-1)
     return distributions, values.squeeze(-1)
-
-
-def _build_actions(environments: Environments, settings: Settings) -> Any:
-    try:
-        return build_actions(environments.action_space)
-    except ValueError as error:
-        raise SettingsError(f"env.id is {settings.env.id}: {error}") from error

@@ -19,7 +19,7 @@ from app.cluster.comm import Cluster
 from app.cluster.race import Race
 from app.config import Settings
 from app.data.sharding import Ids, shard_bounds
-from app.tasks.actions import Actions
+from app.models.actions import Actions
 from app.tasks.environments import Environments, Step
 from app.tasks.task import evaluating
 from app.training.seeding import update_seed

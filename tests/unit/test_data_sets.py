@@ -11,7 +11,7 @@ import torch
 from app.cluster.failure import DataError, ExitCode
 from app.data import digits
 from app.data.digits import load_digits
-from app.data.mnist import download_mnist, load_mnist
+from app.data.downloads import download, load
 from app.data.synthetic import load_synthetic
 
 
@@ -54,7 +54,7 @@ def _write_mnist(folder: Path, num_samples: int) -> None:
 
 def test_mnist_is_read_from_its_files(tmp_path: Path) -> None:
     _write_mnist(tmp_path / "MNIST" / "raw", num_samples=12)
-    images = load_mnist(tmp_path, train=True)
+    images = load("mnist", tmp_path, train=True)
     assert images.images.shape == (12, 1, 28, 28)
     assert images.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert images.images.flatten()[:300].tolist() == [index % 256 for index in range(300)]
@@ -65,14 +65,14 @@ def test_damaged_mnist_is_told(content: bytes, tmp_path: Path) -> None:
     _write_mnist(tmp_path / "MNIST" / "raw", num_samples=12)
     for file in (tmp_path / "MNIST" / "raw").iterdir():
         file.write_bytes(content)
-    download_mnist(tmp_path)  # the files are there: nothing to fetch
+    download("mnist", tmp_path)  # the files are there: nothing to fetch
     with pytest.raises(DataError, match="damaged"):
-        load_mnist(tmp_path, train=True)
+        load("mnist", tmp_path, train=True)
 
 
 def test_missing_mnist_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.root"):
-        load_mnist(tmp_path / "nowhere", train=True)
+        load("mnist", tmp_path / "nowhere", train=True)
 
 
 def test_synthetic_images_can_be_learned_and_are_always_the_same() -> None:

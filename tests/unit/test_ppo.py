@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from app.cluster.comm import Cluster
+from app.cluster.failure import SettingsError
 from app.config import EnvSettings, ModelSettings, PpoSettings, Settings
+from app.models.actions import Actions, Categorical, Gaussian, build_actions
 from app.models.policy import mlp_blocks, nature_cnn_blocks
-from app.tasks.actions import Actions, Categorical, Gaussian, build_actions
 from app.tasks.ppo import COUNT, Minibatch, Ppo, generalised_advantages, normalise
 
 DISCRETE = gym.spaces.Discrete(3)
@@ -143,7 +144,7 @@ def test_environments_get_actions_within_their_bounds() -> None:
     assert continuous.dtype == np.float32
     assert continuous.tolist() == [[1.0, -0.5], [0.0, -1.0]]
     assert Categorical(gym.spaces.Discrete(3, start=5)).for_environments(torch.tensor([0, 2])).tolist() == [5, 7]
-    with pytest.raises(ValueError, match="one of several"):
+    with pytest.raises(SettingsError, match="one of several"):
         build_actions(gym.spaces.MultiBinary(3))
 
 

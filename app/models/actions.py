@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.cluster.failure import SettingsError
+
 
 class Actions(ABC):
     """
@@ -106,10 +108,12 @@ class Gaussian(Actions):
 def build_actions(space: gym.Space) -> Actions:  # type: ignore[type-arg]
     """
     Raises:
-        ValueError: there is no distribution for such actions.
+        SettingsError: there is no distribution for such actions.
     """
     if isinstance(space, gym.spaces.Discrete):
         return Categorical(space)
     if isinstance(space, gym.spaces.Box):
         return Gaussian(space)
-    raise ValueError(f"its actions are {space}: one of several (Discrete), or numbers (Box), are needed")
+    raise SettingsError(
+        f"the actions of the environment (env.id) are {space}: one of several (Discrete), or numbers (Box), are needed"
+    )
