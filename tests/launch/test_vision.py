@@ -1,0 +1,94 @@
+"""Agents that see, by the programs as users start them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.launching import ROOT, launch
+
+DOC = (ROOT / "docs" / "vision.md").read_text()
+FOLDER = "--data.name image_folder --data.root images --data.image_size 32 --data.batch_size 8 --model.name resnet18"
+
+
+def _block(language: str, beginning: str) -> str:
+    """The block of the page that begins so."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", DOC, flags=re.DOTALL | re.MULTILINE)
+    (found,) = [block for block in blocks if block.startswith(beginning)]
+    return str(found)
+
+
+def _make_folder(root: Path) -> None:
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 18), ("val", 5)):
+        for label, name in enumerate(("cats", "dogs")):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 80, (40, 48, 3), dtype=np.uint8) + np.uint8(150 * label)
+                Image.fromarray(pixels).save(root / part / name / f"{index}.jpg")
+
+
+def _workers() -> set[int]:
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any("multiprocessing.forkserver" in word for word in process.info["cmdline"] or ())
+    }
+
+
+def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> None:
+    """Killed in between by its own stop, it goes on; and no worker is left."""
+    _make_folder(tmp_path / "images")
+    before = _workers()
+    settings = f"{FOLDER} --data.augmentation resized_crop --data.num_workers 2 --data.mixup 0.2 --proof.ledger true"
+    train = f"mpirun -np 2 python {shlex.quote(str(ROOT))}/app/train.py {settings} --num_epochs 2 --run_dir run"
+    finished = launch(train, cwd=tmp_path, timeout_seconds=180)
+    assert finished.returncode == 0, finished.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["num_held_out_samples"] == 10
+    assert launch(f"python {ROOT}/app/verify.py run", cwd=tmp_path).returncode == 0  # each image once an epoch
+    evaluated = launch(f"python {ROOT}/app/evaluate.py run", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.output
+    assert f"Accuracy: {summary['accuracy']:.4f} on 10 held-out samples" in evaluated.stdout
+    assert (tmp_path / "run" / "mistakes.png").is_file()
+    assert _workers() <= before
+
+
+def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
+    _make_folder(tmp_path / "images")
+    (tmp_path / "images" / "train" / "dogs" / "7.jpg").write_bytes(b"no picture")
+    before = _workers()
+    train = f"mpirun -np 2 python {ROOT}/app/train.py {FOLDER} --data.num_workers 1 --num_epochs 1 --run_dir run"
+    finished = launch(train, cwd=tmp_path)
+    assert finished.returncode == 3, finished.output
+    assert "dogs/7.jpg cannot be used" in finished.output
+    assert "Traceback" not in finished.output
+    psutil.wait_procs([psutil.Process(pid) for pid in _workers() - before if psutil.pid_exists(pid)], timeout=15)
+    assert _workers() <= before
+
+
+@pytest.mark.parametrize("workers", ["", "--data.num_workers 0"])
+def test_a_data_set_and_a_network_of_ones_own(workers: str, tmp_path: Path) -> None:
+    """The page's example, to the letter."""
+    (tmp_path / "my_shapes.py").write_text(_block("python", "# my_shapes.py"))
+    (tmp_path / "app").symlink_to(ROOT / "app")
+    trained = launch(f"{_block('bash', 'mpirun').strip()} {workers} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    assert trained.returncode == 0, trained.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
+    evaluated = launch("mpirun -np 2 python app/evaluate.py run", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.output
+    assert "standing" in evaluated.stdout
+
+
+def test_the_preset_learns(tmp_path: Path) -> None:
+    """Two of its epochs: its stated accuracy takes all of them."""
+    finished = launch(
+        f"horovodrun -np 2 python app/train.py --config vision --num_epochs 2 --run_dir {tmp_path}/run", 240
+    )
+    assert finished.returncode == 0, finished.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] > 0.3
