@@ -27,13 +27,13 @@ def _passed(finished: Finished, folder: Path, faults: str) -> None:
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
-    faults = "slow,torn_shard"
+    faults = "sigstop,torn_shard"
     finished = launch(f"{DRILL} --faults {faults} --folder {tmp_path}/drill", timeout_seconds=500)
     _passed(finished, tmp_path / "drill", faults)
 
 
 def test_under_srun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    faults = "sigstop,cut_link"
+    faults = "cut_link"
     launcher = "srun --mpi=pmix --kill-on-bad-exit=1 -n {ranks}"
     drill = f"{DRILL} --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
     finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} salloc -N2 -n4 {drill}", tmp_path, 500)

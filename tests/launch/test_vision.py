@@ -86,9 +86,8 @@ def test_a_data_set_and_a_network_of_ones_own(workers: str, tmp_path: Path) -> N
 
 
 def test_the_preset_learns(tmp_path: Path) -> None:
-    """Two of its epochs: its stated accuracy takes all of them."""
-    finished = launch(
-        f"horovodrun -np 2 python app/train.py --config vision --num_epochs 2 --run_dir {tmp_path}/run", 240
-    )
+    """Three epochs, on images of half the side: its stated accuracy takes all of it, and some minutes."""
+    brief = f"--num_epochs 3 --data.image_size 28 --data.batch_size 128 --run_dir {tmp_path}/run"
+    finished = launch(f"horovodrun -np 2 python app/train.py --config vision {brief}", 240)
     assert finished.returncode == 0, finished.output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] > 0.3
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] > 0.5
