@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from app.config.check import check
 
@@ -29,6 +29,9 @@ class EnvSettings:
 
     num_evaluation_episodes: int = 100
     """Seeded episodes of an evaluation, divided over the ranks."""
+
+    evaluation_actions: Literal["likeliest", "drawn"] = "likeliest"
+    """In an evaluation: the likeliest action each time; or one drawn, as in training, by the episode's seed."""
 
     def __post_init__(self) -> None:
         check(self.num_envs >= 1, "env.num_envs", self.num_envs, "it must be at least 1")

@@ -13,8 +13,9 @@ from app.tasks.environments import Environments
 
 AT_ONCE = 50  # environments of a rank
 EVALUATION = 2**30  # seeds of evaluations lie above those of training
-Act = Callable[[Any], Any]
-"""Actions (n, ...) for observations (n, ...)."""
+Generators = Sequence[np.random.Generator]
+Act = Callable[[Any, Generators], Any]
+"""Actions (n, ...) for observations (n, ...), with what each episode draws its random numbers from."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ def play(act: Act, settings: EnvSettings, numbers: range) -> list[Episode]:
 
 def _play_at_once(act: Act, environments: Environments, seeds: Sequence[int]) -> list[Episode]:
     """One episode of each environment: what it does after that does not count."""
-    observations = environments.begin(seeds)
+    observations, generators = environments.begin(seeds), [np.random.default_rng(seed) for seed in seeds]
     running = np.ones(len(seeds), dtype=bool)
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)
     while running.any():
-        step = environments.step(act(observations))
+        step = environments.step(act(observations, generators))
         observations = step.observations
         returns[running] += step.rewards[running]
         lengths[running] += 1

@@ -29,7 +29,7 @@ from app.models.actions import build_actions
 from app.models.policy import policy_blocks
 from app.parallel.strategy import Strategy
 from app.tasks.environments import Environments
-from app.tasks.playing import Episodes, play
+from app.tasks.playing import Episodes, Generators, play
 from app.tasks.rollout import Rollout, Rollouts
 from app.tasks.task import Forward, Task, evaluating
 from app.training.seeding import seed_model, update_seed
@@ -239,7 +239,7 @@ class Ppo(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Episodes:
-        """Collective: seeded episodes, in which the likeliest action is taken."""
+        """Collective: seeded episodes."""
         env = self.settings.env
         bounds = shard_bounds(env.num_evaluation_episodes, num_shards)
 
@@ -249,12 +249,16 @@ class Ppo(Task):
         return Episodes.of(self.cluster.all_gather_object(mine))
 
     @torch.no_grad()
-    def act(self, forward: Forward, observations: Any) -> Any:
-        """The likeliest actions (n, ...) for `observations` (n, ...), both as environments give and take them."""
+    def act(self, forward: Forward, observations: Any, generators: Generators) -> Any:
+        """Actions (n, ...) for `observations` (n, ...), as environments take and give them."""
         self.cluster.recorder.beat()
         outputs = forward(torch.from_numpy(observations).to(self.cluster.device))
         assert outputs is not None
-        return self.actions.for_environments(self.actions.mode(_split(outputs)[0]))
+        distributions, actions = _split(outputs)[0], self.actions
+        if self.settings.env.evaluation_actions == "likeliest":
+            return actions.for_environments(actions.mode(distributions))
+        noise = np.concatenate([actions.noise(generator, 1) for generator in generators])
+        return actions.for_environments(actions.sample(distributions, torch.from_numpy(noise).to(distributions)))
 
 
 def generalised_advantages(

@@ -34,13 +34,13 @@ def record(act: Act, settings: EnvSettings, picture: Path) -> Episode:
 
 
 def _record_one(act: Act, settings: EnvSettings, frames: list[NDArray[np.uint8]]) -> tuple[Episode, float]:
-    total = 0.0
+    total, generators = 0.0, [np.random.default_rng(EVALUATION)]
     with closing(make_one(settings, render_mode="rgb_array")) as env:
         observation, _ = env.reset(seed=EVALUATION)
         frames.append(_drawn(env.render()))
         has_ended = False
         while not has_ended and len(frames) < MAX_FRAMES:
-            observation, reward, terminated, truncated, _ = env.step(act(observation[np.newaxis])[0])
+            observation, reward, terminated, truncated, _ = env.step(act(observation[np.newaxis], generators)[0])
             total += float(reward)
             frames.append(_drawn(env.render()))
             has_ended = terminated or truncated
@@ -49,14 +49,14 @@ def _record_one(act: Act, settings: EnvSettings, frames: list[NDArray[np.uint8]]
 
 def _record_game(act: Act, settings: EnvSettings, frames: list[NDArray[np.uint8]]) -> tuple[Episode, float]:
     """The agent sees its own, grey and small; a second one goes the same way in colour."""
-    total = 0.0
+    total, generators = 0.0, [np.random.default_rng(EVALUATION)]
     with closing(Environments(settings, 1)) as seen, closing(make_coloured_game(settings)) as drawn:
         observations = seen.begin([EVALUATION])
         screens, _ = drawn.reset(seed=np.array([EVALUATION]))  # type: ignore[arg-type]
         frames.append(screens[0, 0])
         has_ended = False
         while not has_ended and len(frames) < MAX_FRAMES:
-            actions = act(observations)
+            actions = act(observations, generators)
             step = seen.step(actions)
             frames.append(drawn.step(actions)[0][0, 0])
             observations, total = step.observations, total + float(step.rewards[0])

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from app.cluster.failure import SettingsError
 from app.config import EnvSettings, ModelSettings, PpoSettings, Settings
 from app.parallel.layout import Layout
 from app.tasks.environments import Environments, make_one
-from app.tasks.playing import Episode, Episodes, play
+from app.tasks.playing import Episode, Episodes, Generators, play
 from app.tasks.ppo import Ppo
 from app.tasks.recording import record
 from app.tasks.rollout import Rollout
@@ -117,7 +118,7 @@ def test_a_value_is_taken_from_where_time_ended_and_not_from_where_the_walk_did(
 
 
 def test_episodes_are_the_same_played_together_and_apart() -> None:
-    def act(observations: np.ndarray) -> np.ndarray:
+    def act(observations: np.ndarray, _: Generators) -> np.ndarray:
         return (observations[:, 2] > 0).astype(int)
 
     together = play(act, CARTPOLE, range(4))
@@ -155,7 +156,7 @@ def test_sticky_actions_change_the_game() -> None:
 
 @pytest.mark.parametrize("settings", [CARTPOLE, PONG], ids=["cartpole", "pong"])
 def test_an_episode_is_recorded_as_it_was_played(settings: EnvSettings, tmp_path: Path) -> None:
-    def act(observations: np.ndarray) -> np.ndarray:
+    def act(observations: np.ndarray, _: Generators) -> np.ndarray:
         return np.full(len(observations), 0)
 
     episode = record(act, settings, tmp_path / "play.gif")
@@ -190,3 +191,17 @@ def test_observations_of_another_kind_become_numbers_and_can_be_stacked() -> Non
 def test_steering_of_another_range_is_brought_to_one() -> None:
     space = make_one(EnvSettings(id="Pendulum-v1")).action_space  # a torque of -2 ... 2
     assert (space.low.tolist(), space.high.tolist()) == ([-1.0], [1.0])  # type: ignore[attr-defined]
+
+
+def test_drawn_actions_are_those_of_the_episodes_seed() -> None:
+    env = EnvSettings(num_evaluation_episodes=4, evaluation_actions="drawn")
+    task = Ppo(Settings(task="ppo", env=env, model=ModelSettings(name="mlp")), Cluster.alone())
+    model = task.build_model()
+
+    def outcome(shards: range) -> list[Episode]:
+        return [episode for shard in shards for episode in play(partial(task.act, model), env, range(shard, shard + 1))]
+
+    together = task.evaluate(model, model, 0, 1)
+    assert list(together.episodes) == outcome(range(4))
+    likeliest = replace(task.settings, env=replace(env, evaluation_actions="likeliest"))
+    assert list(Ppo(likeliest, Cluster.alone()).evaluate(model, model, 0, 1).episodes) != list(together.episodes)
