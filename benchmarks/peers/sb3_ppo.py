@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import ale_py  # noqa: F401  # registers the games
 from ppo_common import GAMES, Meter, parse_args
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback

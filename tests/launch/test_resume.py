@@ -92,7 +92,10 @@ def test_the_certificate_on_the_same_number_of_ranks() -> None:
 
 
 def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> None:
-    finished = launch("python app/verify_resume.py --ranks 2,2,3,1", timeout_seconds=600)
+    small = (
+        "--model.name vit --model.vit.width 32 --model.vit.depth 1 --model.vit.num_heads 2 --model.vit.patch_size 14"
+    )
+    finished = launch(f"python app/verify_resume.py --ranks 2,2,3,1 -- {small}", timeout_seconds=600)
     assert finished.returncode == 0, finished.output
     assert "CERTIFIED: equal within 1e-09" in finished.stdout
     assert finished.stdout.count("killed: ") == 3

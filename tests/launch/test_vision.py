@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 from PIL import Image
 
 from tests.launching import ROOT, launch
@@ -72,22 +71,13 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
     assert _workers() <= before
 
 
-@pytest.mark.parametrize("workers", ["", "--data.num_workers 0"])
-def test_a_data_set_and_a_network_of_ones_own(workers: str, tmp_path: Path) -> None:
+def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     """The page's example, to the letter."""
     (tmp_path / "my_shapes.py").write_text(_block("python", "# my_shapes.py"))
     (tmp_path / "app").symlink_to(ROOT / "app")
-    trained = launch(f"{_block('bash', 'mpirun').strip()} {workers} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    trained = launch(f"{_block('bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
     evaluated = launch("mpirun -np 2 python app/evaluate.py run", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.output
     assert "standing" in evaluated.stdout
-
-
-def test_the_preset_learns(tmp_path: Path) -> None:
-    """Three epochs, on images of half the side: its stated accuracy takes all of it, and some minutes."""
-    brief = f"--num_epochs 3 --data.image_size 28 --data.batch_size 128 --run_dir {tmp_path}/run"
-    finished = launch(f"horovodrun -np 2 python app/train.py --config vision {brief}", 240)
-    assert finished.returncode == 0, finished.output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] > 0.5
