@@ -23,7 +23,7 @@ def find(name: str, setting: str) -> Any:
     try:
         return getattr(found, attribute)
     except AttributeError:
-        raise SettingsError(f"{setting} is {name}: the module {found.__file__} has no {attribute}") from None
+        raise SettingsError(f"{setting} is {name}: {found} has no {attribute}") from None
 
 
 def import_module(name: str, setting: str) -> ModuleType:

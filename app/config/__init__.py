@@ -111,5 +111,6 @@ class Settings:
     def _check_ppo(self) -> None:
         how, proof = self.parallel, self.proof
         check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, with the whole model there")
+        check(proof.non_finite == "stop", "proof.non_finite", proof.non_finite, "of ppo's many steps some may be done")
         check(not proof.ledger, "proof.ledger", proof.ledger, "ppo has no data set of which it could keep account")
         check(self.model.name != "net", "model.name", "net", "ppo needs a policy: mlp or nature_cnn")
