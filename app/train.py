@@ -166,6 +166,7 @@ def _finish(
             "samples_per_second": round(progress.samples_per_second, 1),
         },
     )
+    folder.write_json("evaluation.json", {**evaluation.counts, **evaluation.details})
     rate = f"{progress.samples_per_second:.0f} {trainer.task.samples}/s"
     print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {rate}")
     if lost >= TOLD_IF_LOST:

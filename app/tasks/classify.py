@@ -22,6 +22,7 @@ from app.training.seeding import seed_model
 
 EVALUATION_BATCH_SIZE = 500
 TOP = 5
+MAX_CLASSES_TOLD = 100
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Evaluation:
         loss: mean negative log-likelihood.
         num_in_top: samples whose true class is among the five that are held likeliest.
         confusion: (num_classes, num_classes) int64, rows the true class and columns the predicted one.
+        classes: their names.
     """
 
     loss: float
     num_in_top: int
     confusion: Tensor
+    classes: Sequence[str]
 
     @property
     def scores(self) -> dict[str, float]:
@@ -46,6 +49,11 @@ class Evaluation:
     @property
     def counts(self) -> dict[str, int]:
         return {"num_held_out_samples": self.num_samples}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        small = len(self.classes) <= MAX_CLASSES_TOLD
+        return {"classes": list(self.classes), "confusion": self.confusion.tolist()} if small else {}
 
     @property
     def num_samples(self) -> int:
@@ -166,6 +174,7 @@ class Classify(Task):
             loss=sums[0].item() / max(1, len(self.held_out)),
             num_in_top=int(sums[1]),
             confusion=sums[2:].to(torch.int64).view(num_classes, num_classes),
+            classes=self.held_out.classes,
         )
 
     @torch.no_grad()

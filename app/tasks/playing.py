@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,10 @@ class Episodes:
     @property
     def counts(self) -> dict[str, int]:
         return {"num_episodes": len(self.episodes)}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"episodes": [asdict(episode) for episode in self.episodes]}
 
     @property
     def _returns(self) -> list[float]:

@@ -81,6 +81,11 @@ class Evaluation(Protocol):
         """How many samples or episodes the scores are of, for summary.json."""
         ...
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What evaluation.json has beside the scores."""
+        ...
+
 
 class Task(ABC):
     """Builds the model, yields the next unit of work, gives the loss and evaluates. It is a strategy's `Objective`.

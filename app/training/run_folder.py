@@ -10,6 +10,7 @@ events.out...      the same for TensorBoard
 recorder/          each rank's last sign of life, and the verdict on a stall (cluster/recorder.py)
 curves.png         loss and accuracy
 model.safetensors  the merged model
+evaluation.json    the confusion matrix, or the episodes, of the last evaluation
 summary.json       how it ended
 """
 
@@ -136,7 +137,8 @@ class RunFolder:
     def begin(self, settings: Settings, environment: Mapping[str, Any]) -> None:
         """Record what this attempt runs with; what an earlier one has concluded no longer stands."""
         with storage_errors():
-            (self.path / "summary.json").unlink(missing_ok=True)
+            for conclusion in ("summary.json", "evaluation.json"):
+                (self.path / conclusion).unlink(missing_ok=True)
         # For --config and --resume, where the folder's own name would be in the way.
         self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None)))
         self.write_json("environment.json", environment)

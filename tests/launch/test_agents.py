@@ -34,6 +34,9 @@ def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
     assert summary["num_episodes"] == 100
     assert summary["return"] >= 475
     assert f"Return: {summary['return']:.2f}" in trained.stdout
+    reported = launch(f"env/run python app/report.py {tmp_path}/run")
+    assert reported.returncode == 0, reported.output
+    assert "Returns" in (tmp_path / "run" / "report.html").read_text()
     play = evaluate.replace("runs/latest", f"{tmp_path}/run").replace("play.gif", f"{tmp_path}/play.gif")
     evaluated = launch(play, timeout_seconds=120)
     assert evaluated.returncode == 0, evaluated.output

@@ -44,7 +44,7 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
         "checkpoints",
         "recorder",
     }
-    assert names == kept | {"curves.png", "model.safetensors", "summary.json"}
+    assert names == kept | {"curves.png", "model.safetensors", "summary.json", "evaluation.json"}
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     num_ranks = 1 if launcher == "python" else 2
     assert [rank["rank"] for rank in environment["ranks"]] == list(range(num_ranks))

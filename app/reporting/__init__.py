@@ -1,0 +1,1 @@
+"""What app/report.py puts on its page."""
