@@ -21,7 +21,7 @@ from app.cluster.elastic import CrewVote, train_with_crews
 from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
 from app.cluster.memory import peak_mib
 from app.cluster.mpi import abort_job
-from app.cluster.program import run_program
+from app.cluster.program import run_program, tell
 from app.cluster.recorder import stragglers
 from app.cluster.stop import StopRequests, StopVote, end_time
 from app.cluster.watchdog import Watchdog
@@ -42,7 +42,7 @@ SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
 
 def main(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
     """Collective: one run, from its settings to its merged model. `prepare` sees the trainer before it begins."""
-    started, requests = time.time(), StopRequests()
+    started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
     relay = Relay()
 
     def ends(settings: Settings) -> float | None:

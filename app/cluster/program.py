@@ -34,7 +34,7 @@ def run_program(main: Callable[[Cluster], None]) -> None:
             _abort(str(error), error.exit_code)
         launcher = detect_launcher(os.environ)
         if is_speaker(launcher, rank_in_job(), size_of_job()):
-            _tell(str(error))
+            tell(str(error))
         elif ranks_are_lost(launcher, size_of_job()):
             _let_another_speak(error.exit_code)
         _leave(cluster, error.exit_code)
@@ -89,10 +89,11 @@ def _abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
     """
     rank = rank_in_job()  # now: that of an elastic job may have changed
     time.sleep(delay_seconds + 0.25 * math.log2(1 + rank))
-    _tell(f"rank {rank}: {message}")
+    tell(f"rank {rank}: {message}")
     abort_job(code)
     sys.exit(code)
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """One message to the person, on standard error."""
     print(f"lockstep: {message.rstrip()}", file=sys.stderr, flush=True)

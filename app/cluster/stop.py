@@ -18,21 +18,29 @@ if TYPE_CHECKING:
     from app.cluster.mpi import Ranks
 
 # In a vote the largest number wins: a signal beats the clock, and that beats hosts that come or go (elastic.py).
-HOSTS_CHANGED, END_OF_TIME = 1, 2
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+HOSTS_CHANGED, END_OF_TIME, SIGNALLED = 1, 2, 3  # the last one plus the signal's number
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 END_TIME_VARIABLES = ("SLURM_JOB_END_TIME", "LOCKSTEP_JOB_END_TIME")  # Slurm's own (since 23.02); slurm/common.sh's
 
 
 class StopRequests:
-    """What this process was asked for by signals, from now on."""
+    """What this process was asked for by signals, from now on. A second Ctrl-C is no request: it ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], object] = lambda _: None) -> None:
+        """
+        Args:
+            say: to whoever has pressed Ctrl-C.
+        """
         self.received = 0
+        self._say = say
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = max(self.received, number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say("saving after this update, then leaving; Ctrl-C again leaves at once")
 
 
 class StopVote:
@@ -74,11 +82,11 @@ class StopVote:
         return pending() if pending else 0
 
     def _reason_of(self, agreed: int) -> str:
-        return "the end of the job's time" if agreed == END_OF_TIME else signal.Signals(agreed).name
+        return "the end of the job's time" if agreed == END_OF_TIME else signal.Signals(agreed - SIGNALLED).name
 
     def _wish(self, seconds_to_save: float) -> int:
         if self._requests.received:
-            return self._requests.received
+            return SIGNALLED + self._requests.received
         if self._end_time is None:
             return 0
         # This vote is read after one update; if it came a moment too early, the next one after two.

@@ -1,6 +1,7 @@
 """The report's pictures: as SVG, which a page can hold within itself."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,11 @@ COLUMNS = 3
 
 
 def curve_names(records: Sequence[Record]) -> list[str]:
-    """Of all that any run has recorded."""
-    names = dict.fromkeys(name for record in records for line in record.metrics for name in line)
+    """Of all that some run has recorded more than once."""
+    counted = [
+        Counter(name for line in record.metrics for name in line if line[name] is not None) for record in records
+    ]
+    names = dict.fromkeys(name for counts in counted for name, count in counts.items() if count > 1)
     return [*(name for name in FIRST if name in names), *(n for n in names if n not in NO_CURVES and n not in FIRST)]
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -40,10 +41,7 @@ def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_
         ranks: list[psutil.Process] = []
         process = psutil.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=output, stderr=output, stdin=-3)
         try:
-            deadline = time.monotonic() + 60
-            while not metrics.exists() or not metrics.stat().st_size:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
             ranks = running(process, TRAIN)
             assert len(ranks) == 2
             process.send_signal(signal.SIGUSR1)
@@ -59,3 +57,33 @@ def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_
     assert not alive
     assert re.search(r"stopped by SIGUSR1 after update \d+ of 63000, which is saved", said)
     assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(("presses", "code"), [(1, 75), (2, 130)])
+def test_ctrl_c_once_saves_and_twice_leaves_at_once(presses: int, code: int, tmp_path: Path) -> None:
+    """An update takes some seconds here: the second one comes in the midst of it."""
+    command = f"{COMMAND} {LONG} --checkpoint.interval 0 --data.batch_size 4000"
+    said, metrics = tmp_path / "output", tmp_path / "run" / "metrics.jsonl"
+    with said.open("w") as output:
+        process = psutil.Popen(
+            shlex.split(command), cwd=tmp_path, env=ENVIRONMENT, stdout=output, stderr=output, stdin=-3
+        )
+    try:
+        _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+            _wait_until(lambda: "Ctrl-C again leaves at once" in said.read_text())
+        ended = process.wait(60)
+    finally:
+        if process.is_running():
+            process.kill()
+    assert ended == code, said.read_text()
+    assert ("stopped by SIGINT after update" in said.read_text()) == (presses == 1)
+    assert len(list_checkpoints(tmp_path / "run")) == (1 if presses == 1 else 0)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
