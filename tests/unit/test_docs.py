@@ -43,7 +43,11 @@ def test_no_setting_is_dead(name: str) -> None:
     assert re.search(rf"\.{own}\b", SOURCES) or (name.startswith("model.vit.") and own in PASSED_ON)
 
 
-@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "document",
+    sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]),
+    ids=lambda p: p.name,
+)
 def test_what_a_page_points_to_is_there(document: Any) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
