@@ -83,7 +83,7 @@ def train(
         watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds))
         stack.callback(watchdog.close)
         inventory = take_inventory(cluster)
-        if cluster.is_root:
+        if cluster.is_root and not settings.quiet:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
         trainer = build_trainer(cluster, settings, task, folder, run.resume, relay.take_over(cluster))
         relay.trainer = trainer

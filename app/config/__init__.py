@@ -50,6 +50,9 @@ class Settings:
     log_interval: int = 100
     """Updates between two log lines; each costs one reduction over the ranks."""
 
+    quiet: bool = False
+    """Print the result and what goes wrong, and nothing else."""
+
     evaluate_every: int | None = None
     """Epochs between two evaluations, by default 1; of ppo, updates, by default 0; 0: only at the end."""
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -41,18 +50,30 @@ class Journal:
         return 0
 
 
+class _RateColumn(ProgressColumn):
+    """Updates a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "")
+
+
 class RootJournal(Journal):
     """The journal of rank 0: metrics.jsonl and TensorBoard events, complete after each record.
 
     Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
     """
 
-    def __init__(self, folder: RunFolder, num_updates: int, step: int = 0, mark: int = 0) -> None:
+    def __init__(self, folder: RunFolder, num_updates: int, step: int = 0, mark: int = 0, quiet: bool = False) -> None:
         """Go on after `step` updates, where `mark` was taken; what an earlier attempt has recorded since is cut off.
+
+        Args:
+            quiet: files only.
 
         Raises:
             StorageError: the folder cannot be written.
         """
+        self._quiet = quiet
         with storage_errors():
             self._metrics = folder.metrics.open("a")
             if self._metrics.tell() < mark:
@@ -67,9 +88,10 @@ class RootJournal(Journal):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            _RateColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # lines then appear above the bar
         )
@@ -91,7 +113,8 @@ class RootJournal(Journal):
         self._progress.update(self._bar, completed=num_updates)
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        if not self._quiet:
+            print(line, flush=True)
 
     def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
         """Raises StorageError where it cannot be written."""
@@ -104,6 +127,8 @@ class RootJournal(Journal):
                 scalar = summary.scalar(f"{kind}/{name}", value)
                 self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
             self._events.flush()
+        if told := [f"{name} {values[name]:.3f}" for name in ("return", "loss") if name in values]:
+            self._progress.update(self._bar, description=told[0])
 
     def mark(self) -> int:
         return self._metrics.tell()

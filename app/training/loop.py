@@ -79,7 +79,7 @@ class Trainer:
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
         self._journal = Journal()
         if cluster.is_root:
-            self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark)
+            self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark, settings.quiet)
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.

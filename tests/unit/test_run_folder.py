@@ -142,3 +142,13 @@ def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None
     images = torch.randint(0, 256, (num_images, 1, 28, 28), dtype=torch.uint8)
     plot_mistakes(images, ["4 taken for 9"] * num_images, tmp_path / "mistakes.png", "mistakes")
     assert (tmp_path / "mistakes.png").read_bytes().startswith(PNG_HEADER)
+
+
+def test_a_quiet_journal_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet, said in ((True, ""), (False, "Epoch: 0\n")):
+        (tmp_path / str(quiet)).mkdir()
+        with RootJournal(RunFolder(tmp_path / str(quiet)), num_updates=1, quiet=quiet) as journal:
+            journal.say("Epoch: 0")
+            journal.record("train", 1, epoch=0, samples=64, loss=2.0)
+        assert capsys.readouterr().out == said
+        assert '"loss": 2.0' in (tmp_path / str(quiet) / "metrics.jsonl").read_text()
