@@ -24,19 +24,23 @@ def build_augmentation(kind: Augmentation, size: tuple[int, int]) -> Callable[[A
 
     padding = [max(1, side // 8) for side in size]
     transforms: list[Any] = {
-        "shift": [v2.RandomCrop(size, padding=[padding[1], padding[0]])],
-        "crop_flip": [v2.RandomCrop(size, padding=[padding[1], padding[0]]), v2.RandomHorizontalFlip()],
+        "shift": [v2.Resize(size), v2.RandomCrop(size, padding=[padding[1], padding[0]])],
+        "crop_flip": [
+            v2.Resize(size),
+            v2.RandomCrop(size, padding=[padding[1], padding[0]]),
+            v2.RandomHorizontalFlip(),
+        ],
         "resized_crop": [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()],
     }[kind]
     chain: Callable[[Any], Tensor] = v2.Compose(transforms)
     return chain
 
 
-def build_centre(size: tuple[int, int]) -> Callable[[Any], Tensor]:
-    """The middle of an image of any size, which comes out with `size`: for evaluations, and where nothing is drawn."""
+def build_centre(size: tuple[int, int], enlarged: float) -> Callable[[Any], Tensor]:
+    """The middle of an image of any size, `enlarged` beyond `size`: for evaluations, and where nothing is drawn."""
     from torchvision.transforms import v2
 
-    resize = v2.Resize(round(max(size) * RESIZED), antialias=True)
+    resize = v2.Resize(round(max(size) * enlarged), antialias=True)
     centre: Callable[[Any], Tensor] = v2.Compose([resize, v2.CenterCrop(size)])
     return centre
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from app.cluster.failure import DataError
+from app.cluster.failure import DataError, SettingsError
 from app.config import DataSettings
-from app.data.augmentation import build_augmentation, build_centre
+from app.data.augmentation import RESIZED, build_augmentation, build_centre
 from app.data.digits import load_digits
 from app.data.downloads import DOWNLOADS, download, load
 from app.data.image_set import ImageSet, LabelledImages
@@ -58,16 +58,23 @@ def _prepared(images: ImageSet, settings: DataSettings, train: bool) -> ImageSet
         from torchvision.transforms.v2.functional import resize
 
         pixels = resize(pixels, [settings.image_size, settings.image_size], antialias=True)
-    mean, std = _normalisation(settings, images.mean, images.std)
+    mean, std = _normalisation(settings, images.mean, images.std, len(pixels[0]))
     _, _, height, width = pixels.shape
     transform = build_augmentation(settings.augmentation, (height, width)) if train else None
     return ImageSet(pixels, images.labels, images.num_classes, mean, std, transform)
 
 
 def _normalisation(
-    settings: DataSettings, mean: tuple[float, ...], std: tuple[float, ...]
+    settings: DataSettings, mean: tuple[float, ...], std: tuple[float, ...], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(settings.mean or mean), tuple(settings.std or std)
+    """Both for all channels at once, or both by channel."""
+    mean, std = tuple(settings.mean or mean), tuple(settings.std or std)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise SettingsError(f"data.{name} is {list(values)}, and the images have {channels} channel(s)")
+    if len(mean) != len(std):
+        mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
+    return mean, std
 
 
 def _load_folder(settings: DataSettings, train: bool) -> ItemSet:
@@ -127,7 +134,8 @@ def _items(
 ) -> ItemSet:
     side = settings.image_size or side
     usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
-    mean, std = _normalisation(settings, *usual)
+    mean, std = _normalisation(settings, usual[0], usual[1], channels)
     augment = build_augmentation(settings.augmentation, (side, side)) if train else None
-    items = Items(samples, augment, build_centre((side, side)), channels, describe)
+    enlarged = RESIZED if settings.name == "image_folder" else 1.0
+    items = Items(samples, augment, build_centre((side, side), enlarged), channels, describe)
     return ItemSet(items, (channels, side, side), list(classes), settings.num_workers, mean, std)

@@ -27,17 +27,20 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
+    optimizer.defaults[AVERAGE] = decay
     optimizer.register_step_post_hook(follow)
 
 
 def has_average(optimizer: torch.optim.Optimizer) -> bool:
-    return any(AVERAGE in state for state in optimizer.state.values())
+    """The same on every rank, also on one that holds no part of any parameter."""
+    return AVERAGE in optimizer.defaults
 
 
 @torch.no_grad()
 def exchange_with_average(optimizer: torch.optim.Optimizer) -> None:
     """Weights become their average, and the average what they were; a second time undoes it."""
     for parameter, state in optimizer.state.items():
-        before = parameter.clone()
-        parameter.copy_(state[AVERAGE])
-        state[AVERAGE].copy_(before)
+        if AVERAGE in state:  # there is none before the first step
+            before = parameter.clone()
+            parameter.copy_(state[AVERAGE])
+            state[AVERAGE].copy_(before)

@@ -250,3 +250,21 @@ def test_a_resnet_in_blocks_is_torchvisions() -> None:
 def test_a_network_that_does_not_fit_is_told(name: str, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         list(classifier_blocks(ModelSettings(name=name), shape, 10))
+
+
+def test_an_image_of_the_right_size_is_left_alone_and_means_and_deviations_fit_the_channels(own: ModuleType) -> None:
+    assert own
+    plain = load_images(DataSettings(name="my_own_data.Own", mean=[0.0], std=[1.0]), train=False)
+    assert isinstance(plain, ItemSet)
+    gradient = torch.arange(144, dtype=torch.uint8).view(1, 12, 12)
+    plain.items.samples = [(gradient, 0)]
+    assert torch.equal(plain.pictures(np.array([0]))[0], gradient)
+    with pytest.raises(SettingsError, match="the images have 1 channel"):
+        load_images(DataSettings(mean=[0.1, 0.2, 0.3]), train=True)
+
+
+def test_one_mean_goes_with_deviations_by_channel(folder: Path) -> None:
+    settings = DataSettings(name="image_folder", root=str(folder), image_size=16, mean=[0.5], std=[0.25, 0.5, 1.0])
+    image = next(load_images(settings, train=False).batches([np.array([0])], F64))[0][0, :, 0, 0]
+    expected = (40 / 255 - 0.5) / torch.tensor([0.25, 0.5, 1.0], dtype=F64)
+    torch.testing.assert_close(image, expected, rtol=1e-12, atol=1e-12)
