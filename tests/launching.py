@@ -1,6 +1,7 @@
 """Starts real commands for tests: with a time-out, and with nothing of them left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,13 @@ def launch(
         _kill(process)
         raise
     return Finished(process.returncode, stdout, stderr, time.monotonic() - started)
+
+
+def block_of(page: Path, language: str, beginning: str) -> str:
+    """The block of code on a page that begins so."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    (found,) = [block for block in blocks if block.startswith(beginning)]
+    return str(found)
 
 
 def running(parent: psutil.Process, script: Path) -> list[psutil.Process]:

@@ -86,27 +86,28 @@ class BatchLoader:
         """This shard's part of every global batch that is left of the epoch; then the position is the next epoch."""
         order = epoch_order(len(self._images), self._seed, self.epoch)
         first = self.consumed
-        on_their_way: deque[tuple[Ids, Ids]] = deque()
+        on_their_way: deque[tuple[Ids, Ids, Ids]] = deque()
 
         def wanted() -> Iterator[Ids]:
             for start in range(first, len(order), self.batch_size):
                 whole = order[start : start + self.batch_size]
                 mine = data_shard(whole, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
-                on_their_way.append((mine, whole))
-                yield with_partners(mine, whole) if self._mixup else mine
+                fetched = with_partners(mine, whole) if self._mixup else mine
+                on_their_way.append((mine, whole, fetched))
+                yield fetched
 
         for inputs, targets in self._images.batches(wanted(), self._dtype, (self._seed, self.epoch)):
-            ids, global_ids = on_their_way.popleft()
+            ids, global_ids, fetched = on_their_way.popleft()
             index = self.consumed // self.batch_size
             self.consumed += len(global_ids)
             batch = LabelledBatch(inputs, len(global_ids), targets, ids, index)
-            yield self._mixed(batch, global_ids) if self._mixup else batch
+            yield self._mixed(batch, global_ids, fetched) if self._mixup else batch
         self.epoch, self.consumed = self.epoch + 1, 0
 
-    def _mixed(self, batch: LabelledBatch, global_ids: Ids) -> LabelledBatch:
-        """`batch`, of which the inputs and targets are those of `with_partners`, mixed (Zhang et al. 2018)."""
+    def _mixed(self, batch: LabelledBatch, global_ids: Ids, fetched: Ids) -> LabelledBatch:
+        """`batch`, of which the inputs and targets are those of the samples `fetched`, mixed (Zhang et al. 2018)."""
         ids = batch.ids
-        row_of = {number: row for row, number in enumerate(with_partners(ids, global_ids).tolist())}
+        row_of = {number: row for row, number in enumerate(fetched.tolist())}
         partners = partners_of(ids, global_ids).tolist()
         rows = torch.tensor([row_of[number] for number in partners], dtype=torch.int64, device=batch.inputs.device)
         generator = np.random.default_rng((self._seed, self.epoch, batch.index))

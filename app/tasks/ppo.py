@@ -82,8 +82,8 @@ class Ppo(Task):
         self.environments = cluster.on_every_rank(lambda: Environments(settings.env, int(stop - start)))
         self.actions = cluster.on_every_rank(lambda: build_actions(self.environments.action_space))
         ppo = settings.ppo
-        self._weights = torch.tensor([1.0, ppo.value_coefficient, -ppo.entropy_coefficient], dtype=torch.float64)
-        self._weights = self._weights.to(cluster.device, self.dtype)
+        weights = [1.0, ppo.value_coefficient, -ppo.entropy_coefficient]
+        self._weights = torch.tensor(weights, dtype=self.dtype, device=cluster.device)
         self._shape: tuple[int, ...] = self.environments.observation_space.shape or ()
 
     # -- the model -------------------------------------------------------------------------------------------------
@@ -102,7 +102,8 @@ class Ppo(Task):
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """(n, num_outputs + 1): what the distribution of actions takes, and the value."""
-        return super().outputs(model, inputs.to(self.dtype))
+        # In full, whatever the layers compute in: the ratio of two likelihoods lives on their last digits.
+        return super().outputs(model, inputs.to(self.dtype)).to(self.dtype)
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -139,13 +140,14 @@ class Ppo(Task):
         tally = torch.zeros(self.tally_size, dtype=torch.float64, device=self.cluster.device)
         tally[COUNT + 1 :] = unit.episodes
         for epoch in range(ppo.num_epochs):
-            before = tally[: COUNT + 1].clone()
+            of_epoch = torch.zeros_like(tally[: COUNT + 1])
             order = np.stack([of_env[epoch] for of_env in orders], axis=1)
             for index, minibatch in enumerate(self._minibatches(whole, unit, order)):
                 step_seed = update_seed(seed, epoch, index)
-                tally[: COUNT + 1] += strategy.update(minibatch, self, step_seed, before_step)
+                of_epoch += strategy.update(minibatch, self, step_seed, before_step)
+            tally[: COUNT + 1] += of_epoch
             if ppo.target_kl is not None:
-                sums = self.cluster.sum_(tally[: COUNT + 1] - before, name="divergence")
+                sums = self.cluster.sum_(of_epoch, name="divergence")
                 if float(sums[KL]) > ppo.target_kl * float(sums[COUNT]):
                     break
         return tally
@@ -209,7 +211,7 @@ class Ppo(Task):
             clipped = ((ratio - 1).abs() > ppo.clip).to(ratio.dtype)
             watched = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
             tally = torch.cat([sums, watched]).double()
-        return self._weights.to(sums.dtype) @ sums, tally
+        return self._weights @ sums, tally
 
     def scores(self, tally: Sequence[float]) -> dict[str, float]:
         count, (returns, lengths, num_episodes) = tally[COUNT], tally[COUNT + 1 :]

@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, environment, update): what happen
 environments are divided over the ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,7 @@ class Rollouts:
         self._envs = range(bounds[cluster.rank], bounds[cluster.rank + 1])  # this rank's, in the whole vector
         threshold = settings.ppo.preemption_threshold
         self._race = Race(cluster) if threshold is not None and cluster.size > 1 else None
-        self._enough = -(-(threshold or 1.0) * cluster.size // 1)  # ranks that make the others stop
+        self._enough = math.ceil((threshold or 1.0) * cluster.size)  # ranks that make the others stop
         self._current: NDArray[Any] | None = None  # observations; None: to begin anew
         self._returns = np.zeros(len(self._envs))
         self._lengths = np.zeros(len(self._envs))

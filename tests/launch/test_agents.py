@@ -1,23 +1,15 @@
 """Agents that act, by the programs as users start them."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, block_of, launch
 
 BRIEF = """--env.options '{"config": {"duration": 4}}'"""  # seconds of an episode
-DOC = (ROOT / "docs" / "agents.md").read_text()
-
-
-def _block(language: str, beginning: str) -> str:
-    """The block of the page that begins so."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", DOC, flags=re.DOTALL | re.MULTILINE)
-    (found,) = [block for block in blocks if block.startswith(beginning)]
-    return str(found)
+DOC = ROOT / "docs" / "agents.md"
 
 
 def _summary(run: Path) -> dict[str, float]:
@@ -27,7 +19,7 @@ def _summary(run: Path) -> dict[str, float]:
 
 def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
     """The page's first line: at least 475 over 100 seeded episodes. Then the merged policy alone, on two ranks."""
-    command, *_, evaluate = [line.split("  #")[0] for line in _block("bash", "env/run horovodrun").splitlines()]
+    command, *_, evaluate = [line.split("  #")[0] for line in block_of(DOC, "bash", "env/run horovodrun").splitlines()]
     trained = launch(f"{command} --run_dir {tmp_path}/run", timeout_seconds=180)
     assert trained.returncode == 0, trained.output
     summary = _summary(tmp_path / "run")
@@ -47,9 +39,9 @@ def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
 
 def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     """The page's example, to the letter; it is learned: the way to the light is 6 steps, 5 of which cost 0.05."""
-    (tmp_path / "my_world.py").write_text(_block("python", "# my_world.py"))
+    (tmp_path / "my_world.py").write_text(block_of(DOC, "python", "# my_world.py"))
     (tmp_path / "app").symlink_to(ROOT / "app")
-    trained = launch(f"{_block('bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert _summary(tmp_path / "run")["return"] == pytest.approx(0.75)
     evaluated = launch("python app/evaluate.py run --episodes 7", cwd=tmp_path)

@@ -1,7 +1,6 @@
 """Agents that see, by the programs as users start them."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -9,17 +8,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, block_of, launch
 
-DOC = (ROOT / "docs" / "vision.md").read_text()
+DOC = ROOT / "docs" / "vision.md"
 FOLDER = "--data.name image_folder --data.root images --data.image_size 32 --data.batch_size 8 --model.name resnet18"
-
-
-def _block(language: str, beginning: str) -> str:
-    """The block of the page that begins so."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", DOC, flags=re.DOTALL | re.MULTILINE)
-    (found,) = [block for block in blocks if block.startswith(beginning)]
-    return str(found)
 
 
 def _make_folder(root: Path) -> None:
@@ -41,7 +33,7 @@ def _workers() -> set[int]:
 
 
 def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> None:
-    """Killed in between by its own stop, it goes on; and no worker is left."""
+    """Augmented and mixed; each image once an epoch; and no worker is left."""
     _make_folder(tmp_path / "images")
     before = _workers()
     settings = f"{FOLDER} --data.augmentation resized_crop --data.num_workers 2 --data.mixup 0.2 --proof.ledger true"
@@ -73,9 +65,9 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
 
 def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     """The page's example, to the letter."""
-    (tmp_path / "my_shapes.py").write_text(_block("python", "# my_shapes.py"))
+    (tmp_path / "my_shapes.py").write_text(block_of(DOC, "python", "# my_shapes.py"))
     (tmp_path / "app").symlink_to(ROOT / "app")
-    trained = launch(f"{_block('bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
     evaluated = launch("mpirun -np 2 python app/evaluate.py run", cwd=tmp_path)
