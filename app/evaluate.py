@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
-from app.cluster.failure import SettingsError, StorageError
+from app.cluster.failure import SettingsError
 from app.cluster.program import run_program
 from app.config import Settings
 from app.tasks.classify import Classify, Evaluation
 from app.tasks.task import Task
 from app.training.build import build_task
-from app.training.run_folder import RunFolder, storage_errors
+from app.training.run_folder import RunFolder, load_into, storage_errors
 
 NUM_MISTAKES = 24
 MAX_CLASSES_SHOWN = 25
@@ -35,7 +35,7 @@ def main(cluster: Cluster) -> None:
     settings = cluster.on_root(lambda: _settings_for(arguments))
     task = build_task(settings, cluster)
     model = task.build_model()
-    cluster.on_every_rank(lambda: _load(model, folder))
+    cluster.on_every_rank(lambda: load_into(model, folder))
     evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
         if isinstance(task, Classify) and isinstance(evaluation, Evaluation):
@@ -60,13 +60,6 @@ def _settings_for(arguments: argparse.Namespace) -> Settings:
     if arguments.episodes:
         settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
     return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
-
-
-def _load(model: nn.Module, folder: RunFolder) -> None:
-    try:
-        model.load_state_dict(folder.load_model())
-    except RuntimeError as error:
-        raise StorageError(f"{folder.path}: the merged model does not fit its own settings.yaml: {error}") from error
 
 
 def _print_confusion(confusion: Tensor, classes: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ They come, the later ones winning, from the defaults in config.py, the environme
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -112,6 +112,18 @@ def dump_settings(settings: Settings) -> str:
     """`settings` as YAML, such that `load_settings` and `--config` read them back."""
     parser = _parser(default_env=False)
     return str(parser.dump(parser.parse_object(asdict(settings))))
+
+
+def flat_settings(settings: Settings) -> dict[str, Any]:
+    """All of them by their full names, such as `optimizer.learning_rate`."""
+    return _flat(asdict(settings))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _parser(default_env: bool, prog: str = "app/train.py", description: str = TRAINS) -> ArgumentParser:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cluster.failure import ExitCode, StorageError, run_alone
-from app.settings import SETTINGS_FILE, load_settings
+from app.settings import SETTINGS_FILE, flat_settings, load_settings
 from app.training.run_folder import RunFolder, storage_errors
 
 RESULTS = {  # of summary.json; a column where some run has it
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> Run:
         StorageError: it cannot be read.
     """
     with storage_errors():
-        settings = _flat(asdict(load_settings(folder / SETTINGS_FILE))) if _is_run(folder) else {}
+        settings = flat_settings(load_settings(folder / SETTINGS_FILE)) if _is_run(folder) else {}
         results = json.loads(_text(folder / "summary.json") or "{}")
         code = _text(folder.with_name(folder.name + EXIT_CODE)).strip()
         asked = _text(folder.with_name(folder.name + ASKED)).strip()
@@ -136,14 +136,6 @@ def _is_run(folder: Path) -> bool:
 
 def _text(file: Path) -> str:
     return file.read_text() if file.exists() else ""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings in groups, by their full names, such as `optimizer.learning_rate`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def _name_of(code: int) -> str:

@@ -22,7 +22,6 @@ from app.cluster.inventory import describe_binding, describe_briefly, take_inven
 from app.cluster.memory import peak_mib
 from app.cluster.mpi import abort_job
 from app.cluster.program import run_program, tell
-from app.cluster.recorder import stragglers
 from app.cluster.stop import StopRequests, StopVote, end_time
 from app.cluster.watchdog import Watchdog
 from app.config import Settings
@@ -32,11 +31,11 @@ from app.tasks.task import Evaluation
 from app.training.build import build_task, build_trainer
 from app.training.elastic import Relay, Run, check_elastic
 from app.training.loop import Trainer
-from app.training.run_folder import MODEL, RunFolder, json_number, storage_errors
+from app.training.run_folder import RunFolder, storage_errors
 from app.training.seeding import make_deterministic
+from app.training.summary import summary_lines, write_summary
 from app.training.tensor_file import TensorFileWriter
 
-TOLD_IF_LOST = 0.05  # of the ranks' time
 SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
 
 
@@ -73,6 +72,8 @@ def train(
         check_elastic(settings)
     if settings.proof.deterministic:
         make_deterministic()
+    if settings.profile:
+        cluster.prepare_timeline()
     task = build_task(settings, cluster)
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
     run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
@@ -144,35 +145,9 @@ def _finish(
     from app.training.plots import plot_curves  # matplotlib is for rank 0 alone
 
     assert merged
-    progress = trainer.progress
-    seconds = [seconds for _, seconds in ranks]
-    slowest, lost = stragglers(seconds)
-    folder.write_json(
-        "summary.json",
-        {
-            **{name: json_number(value) for name, value in evaluation.scores.items()},
-            **evaluation.counts,
-            "num_parameters": merged.num_elements,
-            "model_digest": merged.digest,
-            "num_ranks": len(ranks),
-            "peak_mib_of_ranks": [peak for peak, _ in ranks],
-            "seconds_of_ranks": [{phase: round(s, 3) for phase, s in of_rank.items()} for of_rank in seconds],
-            "slowest_rank": slowest,
-            "share_lost_waiting_for_it": round(lost, 4),
-            "num_updates": progress.step,
-            "num_skipped": progress.num_skipped,
-            "training_seconds": round(progress.seconds, 3),
-            "num_samples": progress.num_samples,
-            "samples_per_second": round(progress.samples_per_second, 1),
-        },
-    )
-    folder.write_json("evaluation.json", {**evaluation.counts, **evaluation.details})
-    rate = f"{progress.samples_per_second:.0f} {trainer.task.samples}/s"
-    print(f"Trained {progress.step} updates in {progress.seconds:.1f} s, {rate}")
-    if lost >= TOLD_IF_LOST:
-        print(f"Rank {slowest} was the slowest: {lost:.0%} of all ranks' time went into waiting for it")
-    print(f"Merged model: {folder.path / MODEL}")
-    print(evaluation)
+    peaks, seconds = [peak for peak, _ in ranks], [seconds for _, seconds in ranks]
+    write_summary(folder, merged, evaluation, trainer.progress, seconds, peaks)
+    print(*summary_lines(folder, folder.summary(), trainer.task.samples), evaluation, sep="\n")
     with storage_errors():
         plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
 

@@ -1,6 +1,6 @@
 """The ranks of one job and their collectives over tensors, by Horovod: NCCL rings on GPUs, MPI or Gloo on CPUs.
 
-Beside this file only gloo.py and elastic.py import Horovod.
+Beside this file only horovod_library.py, gloo.py and elastic.py import Horovod.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from app.cluster.mpi import MPI, Ranks, mpi_version  # isort: skip  before Horovod
@@ -18,10 +19,11 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
-from app.cluster.affinity import allowed_cpus, pin_all_threads, threads_at_lowest_priority
+from app.cluster.affinity import allowed_cpus, pin_all_threads
 from app.cluster.devices import bind_to_cores, choose_device, gpu_name
 from app.cluster.failure import ExitCode, SettingsError
 from app.cluster.gloo import GlooCommunicator
+from app.cluster.horovod_library import start_horovod
 from app.cluster.installation import read_installation
 from app.cluster.launcher import check_launcher, detect_launcher, remark_on
 from app.cluster.memory import keep_freed_memory
@@ -65,7 +67,7 @@ class Cluster(Ranks):
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         device = choose_device(node.allgather, node.rank, with_gpus=hvd.nccl_built())
         bind_to_cores(node.allgather, node.rank, device)  # before Horovod's thread starts, which stays with its rank
-        _start_horovod(device)
+        start_horovod(device)
         if hvd.size() != mpi.size:
             if hvd.rank() != 0:
                 sys.exit(ExitCode.SETTINGS)
@@ -85,7 +87,7 @@ class Cluster(Ranks):
         local_rank = int(os.environ["HOROVOD_LOCAL_RANK"])
         # Nobody can be asked yet: ranks of one host are taken to see the same GPUs.
         device = choose_device(lambda mine: [mine] * (local_rank + 1), local_rank, with_gpus=hvd.nccl_built())
-        ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: _start_horovod(device)))
+        ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: start_horovod(device)))
         return Cluster(ranks.rank, ranks.size, ranks, local_rank, hvd.local_size(), device, is_elastic=elastic)
 
     def rejoin(self) -> "Cluster":
@@ -98,7 +100,7 @@ class Cluster(Ranks):
         self._mpi.hang_up()
         find_place(asks=True)
         with place_is_known():
-            ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: _start_horovod(self.device)))
+            ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: start_horovod(self.device)))
         return replace(self, rank=ranks.rank, size=ranks.size, _mpi=ranks, recorder=Recorder())
 
     def settle(self) -> "Cluster":
@@ -133,7 +135,7 @@ class Cluster(Ranks):
         if 1 < len(group) < self.size:
             sets = [hvd.ProcessSet(list(ranks)) for ranks in groups]
             hvd.shutdown()
-            _start_horovod(self.device, sets)
+            start_horovod(self.device, sets)
             mine = sets[list(groups).index(group)]
         mpi = MPI.Intracomm(self._mpi.Split(min(group), self.rank))
         return replace(self, rank=mpi.rank, size=mpi.size, _mpi=mpi, _set=mine)
@@ -159,7 +161,28 @@ class Cluster(Ranks):
         hvd.shutdown()
         yield
         self.barrier()
-        _start_horovod(self.device)
+        start_horovod(self.device)
+
+    def prepare_timeline(self) -> None:
+        """Collective: Horovod starts anew, ready to keep a `timeline`: only so can one begin later. Its writer takes a
+        thread of rank 0's until the end. Nothing happens in Gloo jobs, which could not meet again.
+        """
+        if not isinstance(self._mpi, GlooCommunicator) and self.size > 1:
+            hvd.shutdown()
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
+            start_horovod(self.device)
+
+    @contextmanager
+    def timeline(self, file: Path) -> Iterator[None]:
+        """Collective: inside, Horovod on rank 0 writes to `file` what became of each tensor, and when each rank had it
+        ready, if `prepare_timeline` was called.
+        """
+        is_kept = self.is_root and os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
+        if is_kept:
+            hvd.start_timeline(str(file))
+        yield
+        if is_kept:
+            hvd.stop_timeline()
 
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
         if isinstance(self._mpi, GlooCommunicator):
@@ -260,17 +283,6 @@ class Cluster(Ranks):
         return wait
 
 
-def horovod_operations() -> list[str]:
-    """What Horovod was built with."""
-    built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": hvd.nccl_built()}
-    return [name for name, is_built in built.items() if is_built]
-
-
-def gpu_left_idle() -> bool:
-    """There is a GPU, but Horovod was built without NCCL, so that ranks compute on the CPU."""
-    return torch.cuda.is_available() and not hvd.nccl_built()
-
-
 def _check_gpus(names: Sequence[str | None]) -> None:
     """`names` of all ranks. Raises SettingsError on every rank."""
     gpus = [name for name in names if name]
@@ -279,17 +291,3 @@ def _check_gpus(names: Sequence[str | None]) -> None:
             f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
             "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
         ).on_all_ranks()
-
-
-def _start_horovod(device: torch.device, sets: Sequence[hvd.ProcessSet] = ()) -> None:
-    # Tensors that happen to be ready together would be fused: added up in another order from run to run, and copied
-    # into a buffer of 128 MiB.
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    if device.type == "cuda":
-        hvd.init(process_sets=sets)  # NCCL's own threads are children of Horovod's: they keep their priority
-    else:
-        # How often its thread looks for work, in milliseconds: at Horovod's own 1 an all-reduce begins half of that
-        # late. That looking takes no time from the rank is seen to by `threads_at_lowest_priority`.
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
-        with threads_at_lowest_priority():
-            hvd.init(process_sets=sets)

@@ -11,7 +11,8 @@ import torch
 
 from app import __version__
 from app.cluster.affinity import allowed_cpus, format_cpus
-from app.cluster.comm import Cluster, gpu_left_idle, horovod_operations
+from app.cluster.comm import Cluster
+from app.cluster.horovod_library import gpu_left_idle, horovod_operations
 from app.cluster.mpi import mpi_version
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy", "safetensors")

@@ -70,6 +70,7 @@ class Recorder:
         num_events: grows with every sign of life.
         seconds: how long the rank was at each phase, and `waiting` in collectives, of whatever phase. On GPUs, queued
             work is charged to the phase in which the host waits for it.
+        history: a list put here is told every change: when, to which phase, and for which collective it waits.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class Recorder:
         self._descriptor: int | None = None
         self.num_events = 0
         self.seconds: dict[str, float] = {}
+        self.history: list[tuple[float, str, str]] | None = None
         self._phase = STARTING
         self._current = self._phase
         self._update = 0
@@ -114,7 +116,7 @@ class Recorder:
     @contextmanager
     def waiting(self, collective: str) -> Iterator[None]:
         """Inside, the rank waits for other ranks."""
-        self._account(WAITING)
+        self._account(WAITING, collective)
         self._num_collectives += 1
         self._write_phase()
         name = collective.encode()
@@ -138,8 +140,10 @@ class Recorder:
         if self._descriptor is not None:
             os.fsync(self._descriptor)  # which, unlike the map's own flush, lets other threads run meanwhile
 
-    def _account(self, next_one: str) -> None:
+    def _account(self, next_one: str, collective: str = "") -> None:
         now = time.time()
+        if self.history is not None:
+            self.history.append((now, next_one, collective))
         self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._since
         self._current, self._since = next_one, now
         self.num_events += 1

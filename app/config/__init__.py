@@ -8,7 +8,14 @@ from app.config.check import check
 from app.config.data import DataSettings
 from app.config.learning import GradientSettings, OptimizerSettings, PipelineSettings
 from app.config.model import ModelSettings, VitSettings
-from app.config.run import CheckpointSettings, ProofSettings, StallSettings, StopSettings
+from app.config.run import (
+    CheckpointSettings,
+    ProofSettings,
+    StallSettings,
+    StopSettings,
+    parse_loggers,
+    parse_updates,
+)
 
 __all__ = [
     "CheckpointSettings",
@@ -53,6 +60,13 @@ class Settings:
     quiet: bool = False
     """Print the result and what goes wrong, and nothing else."""
 
+    loggers: str = "tensorboard"
+    """Where the curves go beside metrics.jsonl: of tensorboard, csv and mlflow those wanted, with commas between them;
+    none: nowhere else."""
+
+    profile: str | None = None
+    """The updates to record in detail, such as 20-24: a trace for Perfetto, and a table of where the time went."""
+
     evaluate_every: int | None = None
     """Epochs between two evaluations, by default 1; of ppo, updates, by default 0; 0: only at the end."""
 
@@ -86,9 +100,21 @@ class Settings:
             scaled,
             "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
         )
+        parse_loggers(self.loggers)
+        if self.profile is not None:
+            parse_updates(self.profile)
         self._check_parallel()
         if self.task == "ppo":
             self._check_ppo()
+
+    @property
+    def logger_names(self) -> list[str]:
+        return parse_loggers(self.loggers)
+
+    @property
+    def profiled_updates(self) -> range:
+        """Counted from 1."""
+        return parse_updates(self.profile) if self.profile else range(0)
 
     def _check_parallel(self) -> None:
         gradient, how = self.gradient, self.parallel

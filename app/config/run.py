@@ -1,9 +1,28 @@
 """What a run leaves behind, how it watches itself and how it ends."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from app.config.check import check
+
+LOGGERS = ("tensorboard", "csv", "mlflow")
+
+
+def parse_loggers(text: str) -> list[str]:
+    """`tensorboard,csv` -> their names. Raises ValueError where one is unknown."""
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        check(name in LOGGERS, "loggers", text, f"name some of {', '.join(LOGGERS)}, with commas between them, or none")
+    return names
+
+
+def parse_updates(text: str) -> range:
+    """`20-24` -> the updates 20 ... 24, counted from 1; `20` -> that one. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    check(1 <= first <= last, "profile", text, "name some updates in a row, counted from 1, such as 20-24")
+    return range(first, last + 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ mpl.use("Agg")  # before pyplot is imported: no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from app.reporting.records import GROUPS, OTHER, Record, data_uri
+from app.reporting.records import Record, data_uri
+from app.training.summary import GROUPS, OTHER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,16 +12,10 @@ from app.cluster.recorder import FOLDER, stragglers
 from app.cluster.watchdog import VERDICT
 from app.table import Run as Row
 from app.table import read_run
+from app.training.profiling import PROFILE, TABLE
 from app.training.run_folder import storage_errors
+from app.training.summary import by_group
 
-GROUPS = {  # of the phases that ranks record
-    "computing": ("forward and backward pass", "optimizer step"),
-    "waiting": ("waiting",),
-    "input": ("data loading", "steps of the environments"),
-    "checkpoint": ("checkpoint", "merging"),
-    "evaluation": ("evaluation",),
-}
-OTHER = "other"
 PICTURES = {".gif": "image/gif", ".png": "image/png"}
 DRAWN_ANEW = {"curves.png"}
 MAX_PICTURE_BYTES = 8 * 2**20
@@ -36,6 +30,7 @@ class Record:
         environment: its environment.json; empty if it never began.
         metrics: the lines of its metrics.jsonl.
         evaluation: its evaluation.json; empty if it has none.
+        profile: where some updates went, as profiling.py has written it; empty if it was not asked to.
         verdict: what the watchdog has said; empty if it never had to.
         pictures: names and data URIs of those in its folder.
     """
@@ -45,6 +40,7 @@ class Record:
     environment: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
+    profile: Mapping[str, Any]
     verdict: str
     pictures: Sequence[tuple[str, str]]
 
@@ -64,7 +60,7 @@ class Record:
     @cached_property
     def seconds_of_ranks(self) -> list[dict[str, float]]:
         """Of each rank, by group of phases."""
-        return [_grouped(of_rank) for of_rank in self.results.get("seconds_of_ranks", [])]
+        return [by_group(of_rank) for of_rank in self.results.get("seconds_of_ranks", [])]
 
     @property
     def slowest(self) -> tuple[int, float] | None:
@@ -95,6 +91,7 @@ def read_record(folder: Path) -> Record:
             json.loads(_text(folder / "environment.json") or "{}"),
             [json.loads(line) for line in lines if line.endswith("}")],  # the last one may just be being written
             json.loads(_text(folder / "evaluation.json") or "{}"),
+            json.loads(_text(folder / PROFILE / TABLE) or "{}"),
             _text(folder / FOLDER / VERDICT).strip(),
             [
                 (path.name, data_uri(path.read_bytes(), PICTURES[path.suffix]))
@@ -116,11 +113,6 @@ def efficiencies(records: Sequence[Record]) -> list[float | None]:
 
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _grouped(seconds: Mapping[str, float]) -> dict[str, float]:
-    grouped = {group: sum(seconds.get(phase, 0.0) for phase in phases) for group, phases in GROUPS.items()}
-    return {**grouped, OTHER: sum(seconds.values()) - sum(grouped.values())}
 
 
 def _text(file: Path) -> str:

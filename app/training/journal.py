@@ -3,7 +3,8 @@
 import contextlib
 import json
 import sys
-import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -18,10 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from app.config import Settings
+from app.settings import flat_settings
+from app.training.loggers import build_logger
+from app.training.position import Progress as Position
 from app.training.run_folder import RunFolder, json_number, storage_errors
 
 
@@ -42,6 +44,13 @@ class Journal:
     def say(self, line: str) -> None:
         """One line to the person."""
 
+    def say_progress(self, line: str, progress: Position, samples: str) -> None:
+        """One line to the person, with the pace since the one before and the time that is left.
+
+        Args:
+            samples: what they are called.
+        """
+
     def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
         """One point of the curves `kind` (train or held_out), after `step` updates and so many samples."""
 
@@ -59,31 +68,33 @@ class _RateColumn(ProgressColumn):
 
 
 class RootJournal(Journal):
-    """The journal of rank 0: metrics.jsonl and TensorBoard events, complete after each record.
+    """The journal of rank 0: metrics.jsonl and the loggers that were asked for, complete after each record.
 
     Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
     """
 
-    def __init__(self, folder: RunFolder, num_updates: int, step: int = 0, mark: int = 0, quiet: bool = False) -> None:
-        """Go on after `step` updates, where `mark` was taken; what an earlier attempt has recorded since is cut off.
-
-        Args:
-            quiet: files only.
+    def __init__(self, folder: RunFolder, settings: Settings, num_updates: int, mark: int = 0) -> None:
+        """Go on where `mark` was taken; what an earlier attempt has recorded since is cut off.
 
         Raises:
+            SettingsError: a logger's package is missing.
             StorageError: the folder cannot be written.
         """
-        self._quiet = quiet
+        self._quiet = settings.quiet
+        self._num_updates = num_updates
+        self._said: Position | None = None
         with storage_errors():
             self._metrics = folder.metrics.open("a")
             if self._metrics.tell() < mark:
                 self.say(f"{folder.metrics} is shorter than it was at the checkpoint: some of its lines are lost")
             if self._metrics.tell() > mark:
                 self._metrics.truncate(mark)
-            # Written here and now: the library's SummaryWriter has a thread, whose full disk nobody hears of.
-            self._events = EventsWriter(str(folder.path / "events"))
-            if step:  # tells TensorBoard to forget what the earlier attempt has recorded since
-                self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            with folder.metrics.open("rb") as known:
+                earlier = [json.loads(line) for line in known.read(mark).splitlines()]
+            self._loggers = [
+                build_logger(name, folder.path, earlier, flat_settings(settings), self.say)
+                for name in settings.logger_names
+            ]
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -91,7 +102,7 @@ class RootJournal(Journal):
             _RateColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=quiet or not sys.stderr.isatty(),
+            disable=self._quiet or not sys.stderr.isatty(),
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # lines then appear above the bar
         )
@@ -106,7 +117,8 @@ class RootJournal(Journal):
     ) -> None:
         self._progress.stop()
         with storage_errors(), contextlib.ExitStack() as stack:  # closing writes what a full disk refused before
-            stack.callback(self._events.close)
+            for logger in self._loggers:
+                stack.callback(logger.close)
             stack.callback(self._metrics.close)
 
     def advance(self, num_updates: int) -> None:
@@ -116,6 +128,15 @@ class RootJournal(Journal):
         if not self._quiet:
             print(line, flush=True)
 
+    def say_progress(self, line: str, progress: Position, samples: str) -> None:
+        before, self._said = self._said, replace(progress)
+        if before and progress.seconds > before.seconds:
+            seconds = progress.seconds - before.seconds
+            rate = (progress.num_samples - before.num_samples) / seconds
+            left = (self._num_updates - progress.step) * seconds / (progress.step - before.step)
+            line += f", {rate:.0f} {samples}/s, {timedelta(seconds=round(left))} left"
+        self.say(line)
+
     def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
         """Raises StorageError where it cannot be written."""
         with storage_errors():
@@ -123,10 +144,8 @@ class RootJournal(Journal):
             place = {"kind": kind, "step": step, "epoch": epoch, "samples": samples}
             self._metrics.write(json.dumps({**place, **numbers}) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                scalar = summary.scalar(f"{kind}/{name}", value)
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
-            self._events.flush()
+            for logger in self._loggers:
+                logger.record({**place, **numbers})
         if told := [f"{name} {values[name]:.3f}" for name in ("return", "loss") if name in values]:
             self._progress.update(self._bar, description=told[0])
 

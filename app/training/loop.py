@@ -19,12 +19,11 @@ from app.training.checkpoint_writer import CheckpointWriter
 from app.training.journal import Journal, RootJournal
 from app.training.ledger import Ledger, last_attempt
 from app.training.metrics import Window
-from app.training.optim import learning_rate_at, learning_rate_scale, set_learning_rate
-from app.training.position import Handover, Progress
+from app.training.optim import learning_rate_at, set_learning_rate
+from app.training.position import Handover, Progress, what_must_stay
+from app.training.profiling import Profiler
 from app.training.run_folder import RunFolder
 from app.training.seeding import random_state_digest, update_seed
-
-COMPUTED_ALIKE = ("channels_last", "compile")  # settings of a model that change how, not what it computes
 
 
 class Trainer:
@@ -67,6 +66,8 @@ class Trainer:
         self.window = Window(cluster.device, task.tally_size)
         self.progress = Progress()
         self._saved_step = -1
+        of_task = task.must_stay(self.loader, layout.num_replicas)
+        self._must_stay = what_must_stay(settings, of_task, layout.num_replicas)
         mark = self._resume(handover) if handover or resume else 0
         self._repeats_checkpoint = handover is not None and self._checkpoint_is_due()
         if self.progress.step == 0:
@@ -77,9 +78,10 @@ class Trainer:
         if cluster.is_elastic:
             cluster.barrier()  # no update counts before every rank can write it down
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
+        self._profiler = Profiler(settings.profiled_updates, cluster, folder, settings.quiet)
         self._journal = Journal()
         if cluster.is_root:
-            self._journal = RootJournal(folder, self._num_updates, self.progress.step, mark, settings.quiet)
+            self._journal = RootJournal(folder, settings, self._num_updates, mark)
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.
@@ -99,7 +101,7 @@ class Trainer:
             if self._repeats_checkpoint:  # the ranks before may not have come to it
                 self.checkpoint()
             for epoch in range(self.loader.epoch, num_epochs):
-                for unit in self._units():
+                for unit in self._profiler.watch(self._units(), self.progress):
                     self.update(unit)
                     if stop and (reason := stop.reason(self._seconds_to_stop())):
                         self._stop(reason)
@@ -107,6 +109,7 @@ class Trainer:
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
                     self._journal.say(_first_score(epoch, evaluation))
+            self._profiler.finish(self.progress)
             if evaluation is None:
                 evaluation = self._evaluate(num_epochs - 1)
             self._enter("checkpoint")
@@ -204,7 +207,8 @@ class Trainer:
         epoch, step, samples = self.loader.epoch, self.progress.step, self.progress.num_samples
         self._journal.record("train", step, epoch, samples, **mean, learning_rate=learning_rate)
         if is_line:
-            self._journal.say(self.task.line(epoch, unit, samples, mean, last))
+            line = self.task.line(epoch, unit, samples, mean, last)
+            self._journal.say_progress(line, self.progress, self.task.samples)
 
     def _evaluate(self, epoch: int) -> Evaluation:
         """Collective."""
@@ -228,7 +232,7 @@ class Trainer:
         """What all ranks count alike in a checkpoint, after the last update that was done."""
         epoch, consumed = self.loader.position_after(self.progress.step)
         progress = asdict(self.progress)
-        return {"progress": progress, "epoch": epoch, "consumed": consumed, "must_stay": self._must_stay()}
+        return {"progress": progress, "epoch": epoch, "consumed": consumed, "must_stay": self._must_stay}
 
     def checkpoint(self) -> None:
         """Collective: every rank writes its part of what all need to go on, exactly as if they had never stopped."""
@@ -246,23 +250,6 @@ class Trainer:
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
         self.loader.after_checkpoint()
 
-    def _must_stay(self) -> dict[str, Any]:
-        """What a run cannot change when it goes on: its position and state would mean something else."""
-        settings, num_shards = self._settings, self._layout.num_replicas
-        return {
-            "task": settings.task,
-            "seed": settings.seed,
-            "precision": settings.precision,
-            "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
-            "gradient.reduction": settings.gradient.reduction,
-            "gradient.wire": settings.gradient.wire,
-            **self.task.must_stay(self.loader, num_shards),
-            "optimizer.name": settings.optimizer.name,
-            "optimizer.decay_vectors": settings.optimizer.decay_vectors,
-            "optimizer.average_decay": settings.optimizer.average_decay,
-            "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
-        }
-
     def _resume(self, handover: Handover | None) -> int:
         """Collective: go on from `handover`, or from the last whole checkpoint; the `mark` of the journal there."""
         found: Checkpoint | Handover | None = handover
@@ -272,7 +259,7 @@ class Trainer:
             self._tell(f"{self.folder.path} has no checkpoint yet: the run begins at update 0")
             return 0
         counters = found.counters
-        for name, now in self._must_stay().items():
+        for name, now in self._must_stay.items():
             if counters["must_stay"][name] != now:
                 was = counters["must_stay"][name]
                 message = f"{name} is {now} and was {was}: a run that goes on cannot change it"

@@ -1,12 +1,16 @@
-"""How far a run is, and its whole state in memory, for those who take it over from the ranks before them."""
+"""How far a run is, what it cannot change on its way, and its whole state in memory, for those who take it over."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
+from app.config import Settings
 from app.parallel.parts import TensorState
+from app.training.optim import learning_rate_scale
+
+COMPUTED_ALIKE = ("channels_last", "compile")  # settings of a model that change how, not what it computes
 
 
 @dataclass
@@ -43,3 +47,25 @@ class Handover(TensorState):
         self.step = step
         self.counters = counters
         self.path = "the memory of the ranks before"
+
+
+def what_must_stay(settings: Settings, of_task: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
+    """What a run cannot change when it goes on, because its position and state would mean something else.
+
+    Args:
+        of_task: what is so of its task.
+        num_shards: of the data.
+    """
+    return {
+        "task": settings.task,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
+        "gradient.reduction": settings.gradient.reduction,
+        "gradient.wire": settings.gradient.wire,
+        **of_task,
+        "optimizer.name": settings.optimizer.name,
+        "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+        "optimizer.average_decay": settings.optimizer.average_decay,
+        "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
+    }

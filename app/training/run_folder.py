@@ -6,7 +6,8 @@ environment.json   versions, hardware, the ranks and how they were started
 metrics.jsonl      one JSON object a log line
 checkpoints/       what to go on from (checkpoint.py)
 ledger/            which rank learned from which samples, if asked for (ledger.py)
-events.out...      the same for TensorBoard
+events.out..., metrics.csv   the same for TensorBoard, for spreadsheets (loggers.py)
+profile/           of chosen updates: a trace and a table (profiling.py)
 recorder/          each rank's last sign of life, and the verdict on a stall (cluster/recorder.py)
 curves.png         loss and accuracy
 model.safetensors  the merged model
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.cluster.failure import SettingsError, StorageError
 from app.config import Settings
@@ -143,6 +144,12 @@ class RunFolder:
         self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None)))
         self.write_json("environment.json", environment)
 
+    def summary(self) -> dict[str, Any]:
+        """How the run ended."""
+        with storage_errors():
+            found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return found
+
     def load_settings(self) -> Settings:
         return load_settings(self.path / SETTINGS_FILE)
 
@@ -176,6 +183,18 @@ class RunFolder:
         if state_digest(state) != digest:
             raise StorageError(f"{path} was altered: its content is not what was saved")
         return state
+
+
+def load_into(model: nn.Module, folder: RunFolder) -> None:
+    """`model` becomes the merged model in `folder`.
+
+    Raises:
+        StorageError: it cannot be read, is torn or was altered, or is another network's.
+    """
+    try:
+        model.load_state_dict(folder.load_model())
+    except RuntimeError as error:
+        raise StorageError(f"{folder.path}: the merged model does not fit its own settings.yaml: {error}") from error
 
 
 @contextlib.contextmanager

@@ -146,7 +146,9 @@ def test_the_seeds_run_prints_the_seeds_lines(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.output
     lines = [line for line in finished.stdout.splitlines() if line.startswith("Epoch")]
     assert len(lines) == 2  # 125 batches of 32: batch 0 and batch 100
-    assert all(re.fullmatch(r"Epoch: 0, Batch: (0|100), Loss: \d\.\d{4}", line) for line in lines)
+    pace = r", \d+ images/s, 0:00:\d\d left"
+    for line, batch, after in zip(lines, (0, 100), ("", pace), strict=True):
+        assert re.fullmatch(rf"Epoch: 0, Batch: {batch}, Loss: \d\.\d{{4}}{after}", line)
     summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
     assert summary["num_parameters"] == 1_199_882
     assert summary["num_updates"] == 125

@@ -109,12 +109,15 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     """/dev/full is a real full disk: every write to it fails with ENOSPC."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(StorageError, match="No space left"), RootJournal(RunFolder(tmp_path), num_updates=1) as journal:
+    with (
+        pytest.raises(StorageError, match="No space left"),
+        RootJournal(RunFolder(tmp_path), Settings(), num_updates=1) as journal,
+    ):
         journal.record("train", 1, epoch=0, samples=64, loss=1.0, accuracy=0.5)
 
 
 def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
-    with RootJournal(RunFolder(tmp_path), num_updates=2) as journal:
+    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
         journal.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.25, learning_rate=0.125)
         journal.record("held_out", 2, epoch=1, samples=128, loss=1.5, accuracy=0.75)
         journal.advance(2)
@@ -130,7 +133,7 @@ def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
 
 
 def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
-    with RootJournal(RunFolder(tmp_path), num_updates=2) as journal:
+    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
         journal.record("held_out", 1, epoch=0, samples=64, loss=2.0, accuracy=0.5)
         journal.record("held_out", 2, epoch=1, samples=128, loss=float("inf"), accuracy=0.5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
@@ -147,7 +150,7 @@ def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None
 def test_a_quiet_journal_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for quiet, said in ((True, ""), (False, "Epoch: 0\n")):
         (tmp_path / str(quiet)).mkdir()
-        with RootJournal(RunFolder(tmp_path / str(quiet)), num_updates=1, quiet=quiet) as journal:
+        with RootJournal(RunFolder(tmp_path / str(quiet)), Settings(quiet=quiet), num_updates=1) as journal:
             journal.say("Epoch: 0")
             journal.record("train", 1, epoch=0, samples=64, loss=2.0)
         assert capsys.readouterr().out == said

@@ -1,0 +1,80 @@
+"""`--profile`: one trace of all ranks on one clock, a table, and a run that ends as it would have without."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import ROOT, launch
+
+TRAIN = f"{ROOT}/app/train.py"
+COMMON = ["--data.name", "synthetic", "--data.num_samples", "640", "--data.batch_size", "64", "--num_epochs", "2"]
+Events = list[dict[str, Any]]
+
+
+def _train(prefix: list[str], folder: Path, *settings: str) -> str:
+    finished = launch([*prefix, "python", TRAIN, *COMMON, *settings, "--run_dir", str(folder)])
+    assert finished.returncode == 0, finished.output
+    return finished.stdout
+
+
+def _trace(folder: Path) -> Events:
+    events: Events = json.loads(gzip.decompress((folder / "profile" / "trace.json.gz").read_bytes()))["traceEvents"]
+    return events
+
+
+def _named(events: Events, name: str, pid: int) -> Events:
+    return [event for event in events if event.get("name") == name and event["pid"] == pid]
+
+
+def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> None:
+    output = _train(["mpirun", "-np", "2"], tmp_path / "run", "--profile", "9-11")
+    events = _trace(tmp_path / "run")
+    names = {event["args"]["name"]: event["pid"] for event in events if event.get("name") == "process_name"}
+    assert len(names) == 3
+    of_ranks = [pid for name, pid in names.items() if name.startswith("rank ")]
+    for pid in of_ranks:
+        assert len(_named(events, "optimizer step", pid)) == 3
+        assert len(_named(events, "aten::convolution_backward", pid)) == 6  # two layers, three updates
+    # Horovod began with the gradient while both ranks were waiting for it, and rank 0 waited until it had ended.
+    horovod = names["Horovod on rank 0"]
+    of_horovod = [event for event in events if event["pid"] == horovod and "ts" in event]
+    waits = [_named(events, "gradient.0 all-reduce", pid) for pid in of_ranks]
+    sums = [event["ts"] for event in of_horovod if event.get("name") == "ALLREDUCE"]
+    assert len(waits[0]) == len(waits[1]) == 3
+    for first, second in zip(*waits, strict=True):
+        begin = max(first["ts"], second["ts"])
+        end = min(first["ts"] + first["dur"], second["ts"] + second["dur"])
+        assert any(begin - 100 <= moment <= end + 100 for moment in sums), (begin, end, sums)
+    assert {event["name"] for event in of_horovod if event["ph"] == "i"} == {"rank 0 is ready", "rank 1 is ready"}
+    table = json.loads((tmp_path / "run" / "profile" / "profile.json").read_text())
+    assert table["updates"] == [9, 11]
+    assert {share["name"] for share in table["phases"]} >= {"forward and backward pass", "gradient.0 all-reduce"}
+    assert "updates 9-11: ms an update" in output
+    assert "\x1b" not in output
+    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["profile.json", "trace.json.gz"]
+    _train(["mpirun", "-np", "2"], tmp_path / "plain")
+    digests = [json.loads((tmp_path / run / "summary.json").read_text())["model_digest"] for run in ("run", "plain")]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "settings", "phase"),
+    [
+        ([], ["--profile", "20-99"], "forward and backward pass"),  # to the end of the run, on one rank
+        (["mpirun", "-np", "2"], ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"], "message from rank"),
+        (["horovodrun", "--gloo", "-np", "2"], ["--profile", "3", "--parallel", "zero3"], "all-gather"),  # no timeline
+    ],
+)
+def test_whatever_the_strategy_and_the_launcher(
+    prefix: list[str], settings: list[str], phase: str, tmp_path: Path
+) -> None:
+    output = _train(prefix, tmp_path / "run", *settings)
+    ranks = {event["pid"] for event in _trace(tmp_path / "run") if event.get("cat") == "phase"}
+    assert len(ranks) == (2 if prefix else 1)
+    table = json.loads((tmp_path / "run" / "profile" / "profile.json").read_text())
+    names = {share["name"] for share in table["phases"]}
+    assert any(phase in name for name in names), names
+    assert ("ms an update" in output) == ("--quiet" not in settings)

@@ -1,0 +1,88 @@
+"""The loggers hold what metrics.jsonl holds, also after a resume."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.cluster.failure import SettingsError
+from app.config import Settings
+from app.training.journal import RootJournal
+from app.training.run_folder import RunFolder
+
+EVERYWHERE = Settings(loggers="tensorboard, csv")
+
+
+def test_csv_holds_the_values_of_the_record_line_by_line(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), EVERYWHERE, num_updates=2) as journal:
+        journal.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.1)
+        journal.record("held_out", 2, epoch=0, samples=128, loss=float("nan"), accuracy=0.75)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert list(csv.reader(file)) == [
+            ["kind", "step", "epoch", "samples", "name", "value"],
+            ["train", "1", "0", "64", "loss", "2.5"],
+            ["train", "1", "0", "64", "accuracy", "0.1"],
+            ["held_out", "2", "0", "128", "accuracy", "0.75"],
+        ]
+
+
+def test_what_came_after_the_place_where_a_run_goes_on_is_forgotten(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), EVERYWHERE, num_updates=3) as journal:
+        journal.record("train", 1, epoch=0, samples=64, loss=2.5)
+        mark = journal.mark()
+        journal.record("train", 2, epoch=0, samples=128, loss=666.0)
+    with RootJournal(RunFolder(tmp_path), EVERYWHERE, num_updates=3, mark=mark) as journal:
+        journal.record("train", 2, epoch=0, samples=128, loss=2.25)
+    steps = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2.5, 2.25]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert rows == ["train,1,0,64,loss,2.5", "train,2,0,128,loss,2.25"]
+
+
+def test_none_leaves_the_record_alone(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), Settings(loggers="none"), num_updates=1) as journal:
+        journal.record("train", 1, epoch=0, samples=64, loss=2.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_mlflow_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(SettingsError, match=r"mlflow is not installed .* pip install mlflow-skinny"):
+        RootJournal(RunFolder(tmp_path), Settings(loggers="mlflow"), num_updates=1)
+
+
+def test_an_unknown_logger_is_refused() -> None:
+    with pytest.raises(ValueError, match="loggers is csv,wandb: name some of tensorboard, csv, mlflow"):
+        Settings(loggers="csv,wandb")
+
+
+def test_mlflow_has_the_curves_and_the_settings_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is a site's own choice")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mark = 0
+    for step in (1, 2):  # the second goes on with the first
+        with RootJournal(RunFolder(folder), Settings(loggers="mlflow"), num_updates=2, mark=mark) as journal:
+            journal.record("train", step, epoch=0, samples=64 * step, loss=2.0 / step)
+            mark = journal.mark()
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.data.params["optimizer.learning_rate"] == "0.05"
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_an_mlflow_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is a site's own choice")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with RootJournal(RunFolder(tmp_path), Settings(loggers="mlflow"), num_updates=1) as journal:
+        journal.record("train", 1, epoch=0, samples=64, loss=2.0)
+    assert capsys.readouterr().out.count("MLflow is lost, the run goes on without it") == 1
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
