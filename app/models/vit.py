@@ -20,7 +20,8 @@ class Patches(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.projection(images).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        # Not len(images), which a tracer takes for a constant.
+        return torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
 
 
 class ClassToken(nn.Module):
