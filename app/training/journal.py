@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from app.config import Settings
@@ -64,7 +65,7 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "")
+        return Text(f"{speed:.{1 if speed < 100 else 0}f}/s" if speed else "")
 
 
 class RootJournal(Journal):
@@ -97,13 +98,14 @@ class RootJournal(Journal):
             ]
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the numbers leave over
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=self._quiet or not sys.stderr.isatty(),
             transient=True,
+            expand=True,
             redirect_stdout=sys.stdout.isatty(),  # lines then appear above the bar
         )
         self._bar = self._progress.add_task("updates", total=num_updates)
