@@ -62,6 +62,18 @@ def test_exit_code_and_output_are_the_commands_own(clone: Environment, code: int
     assert (done.returncode, done.stdout, done.stderr) == (code, "out\n", "err\n")
 
 
+def test_the_environment_of_another_clone_is_not_taken_over(clone: Environment, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(clone.root / "env", other / "env")
+    shared = {"LOCKSTEP_VENV": str(clone.venv)}
+    done = run(other / "env" / "run", "true", **shared)
+    assert done.returncode == 2
+    assert f"{clone.venv} is the environment of another clone, {clone.root}" in done.stderr
+    assert env_run(clone, "true", **shared).returncode == 0
+    (clone.root / "env" / "run").unlink()  # that clone is gone
+    assert "SETUP RAN" in run(other / "env" / "run", "true", **shared).stderr
+
+
 def test_a_ready_environment_is_not_set_up_again_from_anywhere(clone: Environment, tmp_path: Path) -> None:
     done = run(os.path.relpath(clone.root / "env" / "run", tmp_path), "pwd", cwd=tmp_path)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path), "")
