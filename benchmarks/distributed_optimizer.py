@@ -6,6 +6,7 @@ The same model, batches in memory, loss, optimizer, cores and memory settings; i
 Channels first, since DistributedOptimizer refuses the gradients of channels-last filters ("required to be contiguous").
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,21 +22,20 @@ from app.parallel.replicated import Replicated
 from app.tasks.classify import Classify
 from app.training.optim import build_optimizer
 
-NUM_ROUNDS = 9
-NUM_UPDATES = 60
 SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettings(channels_last=False))
 
 
 def main(cluster: Cluster) -> None:
+    options = cluster.on_root(_parse_args)
     task = Classify(SETTINGS, cluster)
     batches = list(task.build_loader(cluster.rank, cluster.size).rest_of_epoch())
     updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
-    for number in range(NUM_ROUNDS + 1):
+    for number in range(options.rounds + 1):
         for name in sorted(updates, reverse=bool(number % 2)):
             cluster.barrier()
             started = time.perf_counter()
-            for index in range(NUM_UPDATES):
+            for index in range(options.updates):
                 updates[name](batches[index % len(batches)])
             cluster.barrier()
             if number:  # the first round warms up
@@ -43,7 +43,7 @@ def main(cluster: Cluster) -> None:
     if cluster.is_root:
         ours, horovods = seconds["flat buffer"], seconds["DistributedOptimizer"]
         for name, times in seconds.items():
-            print(f"{name:22} {statistics.median(times) / NUM_UPDATES * 1e3:.2f} ms an update")
+            print(f"{name:22} {statistics.median(times) / options.updates * 1e3:.2f} ms an update")
         ratios = [other / mine for mine, other in zip(ours, horovods, strict=True)]
         print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
 
@@ -67,6 +67,17 @@ def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
         optimizer.step()
 
     return update
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/distributed_optimizer.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="after one to warm up (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=60, help="of each in a round (default: %(default)s)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

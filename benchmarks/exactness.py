@@ -7,6 +7,7 @@ rounds of (this variant's block) / (the plain block of the same round). Where bl
 measured, the last column tells: the proof's own time over that of an update.
 """
 
+import argparse
 import shutil
 import statistics
 import time
@@ -32,9 +33,7 @@ from app.training.ledger import Ledger
 from app.training.loop import Trainer
 from app.training.run_folder import RunFolder
 
-NUM_ROUNDS = 5
 NUM_SAVES = 21
-BLOCK = 100  # updates: each default interval falls due once
 PLAIN = Settings(
     num_epochs=1000,
     log_interval=10**9,
@@ -42,14 +41,18 @@ PLAIN = Settings(
     checkpoint=CheckpointSettings(interval=0),
     proof=ProofSettings(sentinel_interval=0),
 )
-VARIANTS = {
-    "plain": PLAIN,
-    "ledger": replace(PLAIN, proof=replace(PLAIN.proof, ledger=True)),
-    "sentinel, every 100": replace(PLAIN, proof=replace(PLAIN.proof, sentinel_interval=BLOCK)),
-    "checkpoint, every 100": replace(PLAIN, checkpoint=CheckpointSettings(interval=BLOCK)),
-    "checkpoint, no thread": replace(PLAIN, checkpoint=CheckpointSettings(interval=BLOCK, asynchronous=False)),
-    "deterministic": replace(PLAIN, proof=replace(PLAIN.proof, deterministic=True)),
-}
+
+
+def _variants(block: int) -> dict[str, Settings]:
+    """By name; each interval falls due once in a `block` of updates."""
+    return {
+        "plain": PLAIN,
+        "ledger": replace(PLAIN, proof=replace(PLAIN.proof, ledger=True)),
+        f"sentinel, every {block}": replace(PLAIN, proof=replace(PLAIN.proof, sentinel_interval=block)),
+        f"checkpoint, every {block}": replace(PLAIN, checkpoint=CheckpointSettings(interval=block)),
+        "checkpoint, no thread": replace(PLAIN, checkpoint=CheckpointSettings(interval=block, asynchronous=False)),
+        "deterministic": replace(PLAIN, proof=replace(PLAIN.proof, deterministic=True)),
+    }
 
 
 @dataclass
@@ -70,21 +73,23 @@ class Runner:
 
 
 def main(cluster: Cluster) -> None:
+    options = cluster.on_root(_parse_args)
+    block, variants = options.updates, _variants(options.updates)
     folder = Path(cluster.on_root(lambda: mkdtemp(prefix="lockstep-benchmark-")))
-    runners = {name: _build(cluster, settings, folder / name) for name, settings in VARIANTS.items()}
+    runners = {name: _build(cluster, settings, folder / name) for name, settings in variants.items()}
     for runner in runners.values():
-        runner.block(BLOCK)
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for number in range(NUM_ROUNDS):
-        names = list(VARIANTS)
+        runner.block(max(1, block // 10))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(options.rounds):
+        names = list(variants)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             cluster.all_gather_object(None)
-            seconds[name].append(runners[name].block(BLOCK))
-    own_cost = _own_cost(cluster, runners["plain"].trainer, folder)
-    saving = runners["checkpoint, every 100"]
+            seconds[name].append(runners[name].block(block))
+    own_cost = _own_cost(cluster, runners["plain"].trainer, folder, block)
+    saving = runners[f"checkpoint, every {block}"]
     stall, whole = _checkpoint_stall(saving, folder)
     if cluster.is_root:
-        _print(cluster.size, seconds, own_cost, stall, whole)
+        _print(cluster.size, block, seconds, own_cost, stall, whole)
     cluster.on_root(lambda: shutil.rmtree(folder))
 
 
@@ -117,13 +122,13 @@ def _write(folder: Path, step: int, state: State) -> None:
     commit(folder, step, [write_parts(folder, step, state)], {}, keep=3)
 
 
-def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path) -> dict[str, float]:
+def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path, block: int) -> dict[str, float]:
     """Collective: seconds an update that ledger and sentinel take by themselves, at the default interval."""
-    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank), num_samples=BLOCK)
+    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank), num_samples=block)
     ids = np.arange(32)
     recording = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
     comparing = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))
-    return {"ledger": recording, "sentinel, every 100": comparing / BLOCK}
+    return {"ledger": recording, f"sentinel, every {block}": comparing / block}
 
 
 def _time(function: Callable[..., object], *arguments: object) -> float:
@@ -137,19 +142,28 @@ def _append_time(times: list[float], function: Callable[[], object]) -> None:
 
 
 def _print(
-    num_ranks: int, seconds: dict[str, list[float]], own_cost: dict[str, float], stall: float, whole: float
+    num_ranks: int, block: int, seconds: dict[str, list[float]], own_cost: dict[str, float], stall: float, whole: float
 ) -> None:
-    print(f"{num_ranks} ranks, {NUM_ROUNDS} rounds of {BLOCK} updates, 32 images a rank, the seed's network")
+    print(f"{num_ranks} ranks, {len(seconds['plain'])} rounds of {block} updates, 32 images a rank, the seed's network")
     print(f"{'':22} {'ms/update':>10} {'to plain':>9} {'(min ... max)':>18} {'own cost':>10}")
-    plain = statistics.median(seconds["plain"]) / BLOCK
+    plain = statistics.median(seconds["plain"]) / block
     for name, times in seconds.items():
         ratios = [mine / of_plain for mine, of_plain in zip(times, seconds["plain"], strict=True)]
         own = f"{own_cost[name] / plain:10.2%}" if name in own_cost else ""
         spread = f"{min(ratios):.3f} ... {max(ratios):.3f}"
-        milliseconds = statistics.median(times) / BLOCK * 1e3
+        milliseconds = statistics.median(times) / block * 1e3
         print(f"{name:22} {milliseconds:10.2f} {statistics.median(ratios):9.3f} {spread:>18} {own}")
     print(f"a save holds up training for {stall * 1e3:.2f} ms, without a thread for {whole * 1e3:.2f} ms", end=" ")
     print(f"({stall / whole:.1%})")
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/exactness.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=100, help="in a block (default: %(default)s, as intervals are)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

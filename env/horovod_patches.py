@@ -143,11 +143,21 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             gloo_run,
             "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
             "            exit_code, timestamp = value\n",
+            "        if not res.worker_results and not settings.run_func_mode:  # none was counted, so none succeeded\n"
+            "            sys.exit(next((code for code in reversed(driver._exit_codes) if code), 1))\n"
             "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
             "            exit_code, timestamp = value\n"
             "            if exit_code != 0 and not settings.run_func_mode:\n"
             "                sys.exit(exit_code)\n",
-            "elastic: the same exit code, and no traceback",
+            "elastic: the same exit code, also of workers that are counted no longer, and no traceback",
+        ),
+        Patch(
+            elastic_driver,
+            "    def _handle_worker_exit(self, slot_info, exit_code, timestamp):\n",
+            "    _exit_codes = []\n\n"
+            "    def _handle_worker_exit(self, slot_info, exit_code, timestamp):\n"
+            "        self._exit_codes.append(exit_code)\n",
+            "the same",
         ),
         Patch(
             gloo_run,

@@ -95,7 +95,7 @@ KillWait=5
 MinJobAge=3600
 GresTypes=gpu
 NodeName=n[1-2] CPUs=4 RealMemory=4000 Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES MaxTime=60
+PartitionName=main Nodes=ALL Default=YES MaxTime=24:00:00
 END
 printf 'Name=gpu File=/dev/%s\n' null zero >/etc/slurm/gres.conf # in place of GPUs, to be counted
 echo CgroupPlugin=cgroup/v1 >/etc/slurm/cgroup.conf # slurmd looks for cgroups even where it is to use none

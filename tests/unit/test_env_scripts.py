@@ -65,13 +65,13 @@ def test_exit_code_and_output_are_the_commands_own(clone: Environment, code: int
 def test_the_environment_of_another_clone_is_not_taken_over(clone: Environment, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(clone.root / "env", other / "env")
-    shared = {"LOCKSTEP_VENV": str(clone.venv)}
-    done = run(other / "env" / "run", "true", **shared)
+    venv = str(clone.venv)
+    done = run(other / "env" / "run", "true", LOCKSTEP_VENV=venv)
     assert done.returncode == 2
     assert f"{clone.venv} is the environment of another clone, {clone.root}" in done.stderr
-    assert env_run(clone, "true", **shared).returncode == 0
+    assert env_run(clone, "true", LOCKSTEP_VENV=venv).returncode == 0
     (clone.root / "env" / "run").unlink()  # that clone is gone
-    assert "SETUP RAN" in run(other / "env" / "run", "true", **shared).stderr
+    assert "SETUP RAN" in run(other / "env" / "run", "true", LOCKSTEP_VENV=venv).stderr
 
 
 def test_a_ready_environment_is_not_set_up_again_from_anywhere(clone: Environment, tmp_path: Path) -> None:

@@ -114,3 +114,21 @@ def test_a_browser_shows_it_offline(runs: list[Path], tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     with Image.open(tmp_path / "page.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**20) or []) > 50
+
+
+def test_where_an_update_went_is_shown_if_it_was_profiled(tmp_path: Path) -> None:
+    share = {"mean": 12.5, "least": 11.25, "most": 13.75}
+    profile = {
+        "updates": [20, 24],
+        "phases": [{"name": "gradient.0 all-reduce", **share}],
+        "operators": [{"name": "aten::mm", **share}],
+    }
+    run = _make_run(tmp_path / "run", Settings(), 2, 100.0)
+    assert "as profiled" not in render([read_record(run)])
+    (run / "profile").mkdir()
+    (run / "profile" / "profile.json").write_text(json.dumps(profile))
+    page = render([read_record(run)])
+    assert "over updates 20 to 24" in page
+    row = r"<td>{}</td><td class=\"number\">12.500</td><td class=\"number\">11.250</td><td class=\"number\">13.750</td>"
+    for name in ("gradient.0 all-reduce", "aten::mm"):
+        assert re.search(row.format(re.escape(name)), page)

@@ -1,0 +1,163 @@
+"""Every command of every page works: each block of shell, line by line, in a folder that is like a fresh clone.
+
+Lines are run as they stand, with settings behind them that make them short; those that another test runs, and what is a
+site's own, are named below. A line that stands on several pages is run once.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.launching import ROOT, across_nodes, launch
+from tests.slurm_cluster import SlurmCluster
+
+PAGES = [ROOT / "docs" / "tutorial.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its like
+    "env/run pytest": "test_pages.py::test_every_command_has_its_test",
+    "--config cartpole": "test_agents.py::test_a_pole_is_balanced_and_another_program_sees_it",
+    "--record play.gif": "test_agents.py::test_a_pole_is_balanced_and_another_program_sees_it",
+    "--config pong": "test_agents.py::test_every_preset_runs_and_can_be_seen",
+    "--config racetrack": "test_agents.py::test_every_preset_runs_and_can_be_seen",
+    "--config highway": "test_agents.py::test_every_preset_runs_and_can_be_seen",
+    "my_world.Corridor": "test_agents.py::test_an_environment_and_a_policy_of_ones_own",
+    "my_shapes.Shapes": "test_vision.py::test_a_data_set_and_a_network_of_ones_own",
+    "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed",
+    "app/drill.py": "test_drill.py::test_under_mpirun",
+    "app/verify_resume.py": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
+    "app/benchmark.py throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
+    "app/benchmark.py scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
+    "np 2 python app/benchmark.py comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
+    "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
+    "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
+    "peers --": "../unit/test_benchmark_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
+}
+OF_A_SITE = re.compile(
+    r"module load|export (LOCKSTEP_VENV|PIP_CACHE_DIR)=|LOCKSTEP_SITE_TORCH=1|env/setup|#SBATCH|env/run CMD"
+)
+
+SMALL = "--data.name synthetic --data.num_samples 480 --data.batch_size 16 --num_epochs 1"  # 30 updates
+FEW_ROUNDS = "--rounds 1 --updates 3"
+FEW_SAMPLES = "--data.name synthetic --data.num_samples 64 --data.batch_size_per_rank 4"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of one page that are typed one after the other."""
+
+    page: str
+    number: int
+    commands: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+
+def _blocks(page: Path) -> Iterator[list[str]]:
+    text = page.read_text()
+    for block in re.findall(r"^```bash\n(.*?)^```|`(env/run [^`]+)`", text, flags=re.DOTALL | re.MULTILINE):
+        lines = "".join(block).replace("\\\n", " ")
+        lines = lines.replace("\n", " ") if block[1] else lines  # within a paragraph
+        yield [" ".join(line.split("  #")[0].split()) for line in lines.splitlines() if line.strip()]
+
+
+def _all_blocks() -> list[Block]:
+    """Without what is run elsewhere, and without a line's second appearance."""
+    found, seen = [], set()
+    for page in dict.fromkeys(PAGES):
+        for number, lines in enumerate(_blocks(page)):
+            left = [line for line in lines if not _is_elsewhere(line) and line not in seen]
+            seen.update(lines)
+            if left:
+                found.append(Block(page.name, number, tuple(left)))
+    return found
+
+
+def _is_elsewhere(line: str) -> bool:
+    return bool(OF_A_SITE.match(line)) or any(part in line for part in RUN_ELSEWHERE)
+
+
+BLOCKS = _all_blocks()
+
+
+def _is_for_slurm(line: str) -> bool:
+    return line.startswith(("sbatch", "srun"))
+
+
+def _shortened(line: str) -> str:
+    """The same command with less to do; later settings win over those before."""
+    if "timeout --signal=USR1 20" in line:  # which ends with 124 by itself
+        return line.replace("USR1 20", "USR1 12") + " || [ $? = 124 ]"
+    line = line.replace("/data/imagenet", "images").replace("/scratch/me", ".")
+    if "app/train.py" in line and "--help" not in line:
+        return f"{line} {_less_to_learn(line)}"
+    if "app/benchmark.py sharding" in line:
+        return f"{line} --model.vit.width 16 --model.vit.depth 2 --out benchmark"
+    if "app/benchmark.py" in line:
+        return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark"
+    return f"{line} {FEW_ROUNDS}" if "benchmarks/" in line else line
+
+
+def _less_to_learn(line: str) -> str:
+    if "--resume" in line:
+        return "--num_epochs 8" if "-np 3" in line else ""  # of which the one before has done some
+    if "image_folder" in line:
+        return "--model.name resnet18 --data.image_size 32 --data.batch_size_per_rank 2 --num_epochs 1"
+    return SMALL
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs leave behind stays in here."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("app", "benchmarks", "env", "slurm", ".venv"):
+        (folder / name).symlink_to(ROOT / name)
+    for part in ("train", "val"):
+        for index, name in enumerate(("cats", "dogs")):
+            (folder / "images" / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 40), (60 * number, 200 * index, 0)).save(
+                    folder / "images" / part / name / f"{number}.jpg"
+                )
+    return folder
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not all(map(_is_for_slurm, b.commands))], ids=str)
+def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
+    lines = [_shortened(line) for line in block.commands if not _is_for_slurm(line)]
+    finished = launch("set -e\n" + "\n".join(lines), timeout_seconds=400, cwd=clone)
+    assert finished.returncode == 0, f"{lines}:\n{finished.output}"
+
+
+@pytest.mark.parametrize("command", [line for b in BLOCKS for line in b.commands if line.startswith("sbatch")])
+def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> None:
+    """With half as many ranks: two cores stand for both nodes."""
+    fewer = command.removeprefix("sbatch ").replace("--ntasks-per-node=4", "--ntasks-per-node=2")
+    job = slurm.submit(f"{fewer} {SMALL} --data.num_samples 64", clone)
+    assert job.wait() == 0, job.output
+
+
+@across_nodes
+@pytest.mark.parametrize("command", [line for b in BLOCKS for line in b.commands if line.startswith("srun")])
+def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, clone: Path) -> None:
+    less = f"{SMALL} --data.num_samples 64" if "train.py" in command else ""
+    finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
+    fine = (0, 8) if "doctor.py" in command else (0,)  # nodes that share two cores may well be found unhealthy
+    assert finished.returncode in fine, finished.output
+
+
+def test_every_command_has_its_test() -> None:
+    """Those that are said to be run elsewhere are; and the README opens with its two commands."""
+    for reference in RUN_ELSEWHERE.values():
+        file, _, name = reference.partition("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), reference
+    first = next(_blocks(ROOT / "README.md"))
+    assert first == ["env/run horovodrun -np 2 python app/train.py", "env/run pytest"]
+    assert len([line for block in BLOCKS for line in block.commands]) >= 30
+    for line in (line for page in PAGES for lines in _blocks(page) for line in lines):
+        assert shlex.split(line), line
