@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
         state = f"{_name_of(int(code))} ({code})"
     else:
         state = "not finished" if settings else "not begun"
-    return Run(folder.name, state, settings, "" if settings else asked, results)
+    return Run(folder.resolve().name, state, settings, "" if settings else asked, results)
 
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:

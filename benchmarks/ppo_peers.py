@@ -4,30 +4,28 @@
     env/run python benchmarks/ppo_peers.py --stable-baselines3 sb3              # CartPole: speed, and steps until 475
     env/run python benchmarks/ppo_peers.py --stable-baselines3 sb3 --env pong   # speed
 
-A peer is one process that may use all cores, as its users start it; Lockstep is two ranks. Each round has another seed.
+A peer is one process that may use all cores, as its users start it; then with one thread, which for small networks is
+faster; in games also with the environments that it steps fastest. Compare with the fastest. Lockstep is two ranks. Each
+round has another seed. A peer's rate leaves its first updates out; Lockstep's is of all.
 Speed is steps of all environments a second, collecting and learning, without evaluations. `Steps until 475` are those
 until the mean return of 100 seeded episodes of the greedy policy first reaches it, looked at every 4,096 steps.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
-
+from app.benchmarking.arms import Peer
 from app.benchmarking.report import new_folder, print_table, save, spread
+from app.benchmarking.running import PeerError, run_peer
 from app.cluster.failure import LockstepError, run_alone
 
-ROOT = Path(__file__).parents[1]
 LOCKSTEP, CLEANRL, SB3 = "Lockstep, 2 ranks", "CleanRL's style", "Stable-Baselines3"
 SOLVED = 475.0
 TIMEOUT_SECONDS = 900
@@ -60,11 +58,12 @@ def main() -> None:
 
     options = _parse_args()
     folder = new_folder(options.out)
-    names = [LOCKSTEP, CLEANRL, *([SB3] if options.stable_baselines3 else [])]
+    arms = {LOCKSTEP: ("", ""), **_arms(options.env, options.stable_baselines3)}
+    names = list(arms)
     results: dict[str, list[Result]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            results[name].append(_run(name, options.env, number, options.stable_baselines3))
+            results[name].append(_run(name, options.env, number, *arms[name], options.stable_baselines3))
             print(f"round {number + 1} of {options.rounds}: {name}: {results[name][-1]}", flush=True)
     print_table(
         f"{options.env}, {options.rounds} rounds", ("", "steps/s", "Lockstep / this", "steps to 475"), rows(results)
@@ -101,46 +100,44 @@ def read_run(run: Path) -> Result:
     return Result(summary["samples_per_second"], min(solved, default=None))
 
 
-def _run(name: str, env: str, seed: int, stable_baselines3: Path | None) -> Result:
-    with TemporaryDirectory(prefix="lockstep-ppo-") as folder:
-        if name == LOCKSTEP:
-            train = f"mpirun -np 2 {sys.executable} app/train.py --config {env} --seed {seed} --run_dir {folder}/run"
-            _finish([*shlex.split(train), *shlex.split(LOCKSTEPS[env])], {})
-            return read_run(Path(folder) / "run")
-        script = f"benchmarks/peers/{'cleanrl' if name == CLEANRL else 'sb3'}_ppo.py"
-        path = str(stable_baselines3.absolute()) if stable_baselines3 else ""
-        command = [sys.executable, script, "--seed", str(seed), *shlex.split(SETTINGS[env])]
-        result = json.loads(_finish(command, {"PYTHONPATH": path}).strip().splitlines()[-1])
-        return Result(result["steps_per_second"], result["steps_to_return"])
+def _arms(env: str, stable_baselines3: Path | None) -> dict[str, tuple[str, str]]:
+    """Of each peer, the script and how it is run."""
+    scripts = {CLEANRL: "cleanrl_ppo.py", **({SB3: "sb3_ppo.py"} if stable_baselines3 else {})}
+    ways = {"": "", ", 1 thread": "--threads 1", **({", fast vector": "--vector fast"} if env == "pong" else {})}
+    return {f"{name}{way}": (script, how) for name, script in scripts.items() for way, how in ways.items()}
 
 
-def _finish(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What `command` prints. Nothing of it is left behind.
-
+def _run(name: str, env: str, seed: int, script: str, how: str, stable_baselines3: Path | None) -> Result:
+    """
     Raises:
         LockstepError: it did not end well, or in time.
     """
-    process = psutil.Popen(
-        list(command),
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with TemporaryDirectory(prefix="lockstep-ppo-") as folder:
+        if name == LOCKSTEP:
+            command = (
+                f"mpirun -np 2 {sys.executable} app/train.py --config {env} --run_dir {folder}/run {LOCKSTEPS[env]}"
+            )
+        else:
+            command = f"{sys.executable} benchmarks/peers/{script} {SETTINGS[env]} {how}"
+        path = {"PYTHONPATH": str(stable_baselines3.absolute())} if stable_baselines3 else {}
+        peer = Peer(name, tuple(shlex.split(f"{command} --seed {seed}")), {} if name == LOCKSTEP else path)
+        try:
+            (result,) = run_peer(peer, TIMEOUT_SECONDS, _ignore if name == LOCKSTEP else _read_peer)
+        except PeerError as error:
+            raise LockstepError(f"{name}: {error}") from None
+        return result or read_run(Path(folder) / "run")
+
+
+def _read_peer(output: str) -> Result:
     try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise LockstepError(f"{shlex.join(command)} did not end in {TIMEOUT_SECONDS} s") from None
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for member in [*process.children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-    if process.returncode != 0:
-        raise LockstepError(f"{shlex.join(command)} ended with {process.returncode}:\n{stderr[-2000:]}")
-    return str(stdout)
+        result = json.loads(output.strip().splitlines()[-1])
+        return Result(result["steps_per_second"], result["steps_to_return"])
+    except (ValueError, KeyError, IndexError) as error:
+        raise PeerError(f"its result cannot be read ({error!r})") from None
+
+
+def _ignore(output: str) -> None:
+    """A run's results are in its folder."""
 
 
 def _parse_args() -> argparse.Namespace:

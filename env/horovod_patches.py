@@ -116,6 +116,12 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "return list(_OMPI_FLAGS), ['--bind-to none', '--map-by slot'], _OMPI_IMPL",
             two_dashes + " (MPICH shares _NO_BINDING_ARGS, and keeps it)",
         ),
+        Patch(
+            mpi_run,
+            "'--allow-run-as-root --tag-output'",
+            "'--allow-run-as-root'",
+            "lines read under horovodrun as under mpirun: one rank speaks, so a tag on each says nothing",
+        ),
         Patch(mpi_run, "f'-mca plm_rsh_args", "f'--mca plm_rsh_args", two_dashes),
         Patch(mpi_run, "'-mca btl_tcp_if_include", "'--mca btl_tcp_if_include", two_dashes),
         Patch(mpi_run, "'-mca plm_rsh_no_tree_spawn", "'--mca plm_rsh_no_tree_spawn", two_dashes),

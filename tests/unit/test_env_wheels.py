@@ -1,6 +1,7 @@
 """Horovod's patches, and the cache of the wheels that env/wheels.py builds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,7 @@ HOROVOD = {
     "horovod/runner/js_run.py": "from distutils.spawn import find_executable\n",
     "horovod/runner/mpi_run.py": "_OMPI_FLAGS = ['-mca pml ob1', '-mca btl ^openib']\n"
     "def flags():\n    return list(_OMPI_FLAGS), list(_NO_BINDING_ARGS), _OMPI_IMPL\n"
-    "ssh = f'-mca plm_rsh_args'\nnics = '-mca btl_tcp_if_include'\n"
+    "basic = '--allow-run-as-root --tag-output'\nssh = f'-mca plm_rsh_args'\nnics = '-mca btl_tcp_if_include'\n"
     "tree = '-mca plm_rsh_no_tree_spawn true'\nmany = '-mca plm_rsh_num_concurrent {}'\n"
     "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)\n",
     "horovod/runner/gloo_run.py": "def launch_gloo(res, settings):\n"
@@ -38,7 +39,7 @@ HOROVOD = {
     "        exit_code, timestamp = value\n"
     "        if exit_code != 0:\n"
     "            raise RuntimeError('Horovod detected')\n"
-    "def launch_gloo_elastic(res, settings):\n"
+    "def launch_gloo_elastic(driver, res, settings):\n"
     "        for name, value in sorted(res.worker_results.items(), key=lambda item: item[1][1]):\n"
     "            exit_code, timestamp = value\n"
     "def get_common_interfaces(driver):\n"
@@ -53,7 +54,8 @@ HOROVOD = {
     "        active_slots = set([(host, slot_info.local_rank)\n"
     "                            for host, slots in self._host_assignments.items()\n"
     "                            for slot_info in slots])\n"
-    "def _handle_worker_exit(self, slot_info, exit_code):\n"
+    "class ElasticDriver:\n"
+    "    def _handle_worker_exit(self, slot_info, exit_code, timestamp):\n"
     "        if exit_code == 0:\n"
     "            pass\n"
     "        else:\n"
@@ -78,6 +80,7 @@ def test_patches_change_what_they_should(source: Path) -> None:
     assert "'-mca" not in mpi_run
     assert "['--bind-to none', '--map-by slot']" in mpi_run
     assert "'exec ' + mpirun_command" in mpi_run
+    assert "basic = '--allow-run-as-root'" in mpi_run
     assert "distutils" not in (source / "horovod/runner/js_run.py").read_text()
     for name in filter(lambda name: name.endswith(".py"), HOROVOD):
         compile((source / name).read_text(), name, "exec")
@@ -99,6 +102,27 @@ def test_patched_gloo_launcher_ends_with_the_first_failures_exit_code(source: Pa
     Settings.run_func_mode = True
     with pytest.raises(RuntimeError):
         launch_gloo({"0": (5, 1.0)}, Settings())
+
+
+@pytest.mark.parametrize(
+    ("counted", "codes", "code"),
+    [({"0": (75, 2.0), "1": (5, 1.0)}, [5, 75], 5), ({}, [137, 75, 0], 75), ({}, [0], 1)],
+)
+def test_an_elastic_job_whose_workers_are_counted_no_longer_does_not_end_well(
+    source: Path, counted: dict[str, tuple[int, float]], codes: list[int], code: int
+) -> None:
+    patch_horovod(source, cxx_standard=20)
+    module: dict[str, object] = {}
+    exec("import sys\n" + (source / "horovod/runner/gloo_run.py").read_text(), module)
+    launch_gloo_elastic = module["launch_gloo_elastic"]
+    assert callable(launch_gloo_elastic)
+    with pytest.raises(SystemExit) as ended:
+        launch_gloo_elastic(
+            SimpleNamespace(_exit_codes=codes),
+            SimpleNamespace(worker_results=counted),
+            SimpleNamespace(run_func_mode=False),
+        )
+    assert ended.value.code == code
 
 
 @pytest.mark.parametrize("file", sorted(HOROVOD))
