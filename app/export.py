@@ -61,7 +61,7 @@ def export(model: nn.Module, examples: Tensor, folder: RunFolder, name: str) -> 
     """Write `model` as model.`name`; how far the outputs of what was written are from its own, of the largest.
 
     Raises:
-        LockstepError: too far.
+        LockstepError: too far; or the network is of a kind that cannot be written so.
         StorageError: it cannot be written.
     """
     torch.manual_seed(0)
@@ -69,7 +69,12 @@ def export(model: nn.Module, examples: Tensor, folder: RunFolder, name: str) -> 
     with torch.no_grad(), warnings.catch_warnings(), replacing(folder.path / f"model.{name}") as temporary:
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         expected = model(inputs)
-        found = FORMATS[name](model, examples, temporary, (folder.path / SETTINGS_FILE).read_text())(inputs)
+        settings = (folder.path / SETTINGS_FILE).read_text()
+        try:
+            found = FORMATS[name](model, examples, temporary, settings)(inputs)
+        except Exception as error:  # an exporter's, of one network in a thousand ways
+            why = " ".join(str(error).split())[:300]
+            raise LockstepError(f"this network cannot be written as model.{name}: {why}") from error
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise LockstepError(

@@ -10,8 +10,12 @@ from app.config import Settings
 
 HEAD = """# Every setting
 
-Made by `python app/settings_page.py > docs/settings.md`; a test holds it against the code. How settings are given:
-[README](../README.md#settings). What is empty by default is worked out, or is off.
+Made by `python app/settings_page.py > docs/settings.md`; a test holds it against the code. What is empty by default is
+worked out, or is off.
+
+They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
+`LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config seed`) and the command line. A
+run that is resumed begins with its own `settings.yaml`. `--help` lists them, `--print_config` prints them as YAML.
 """
 
 

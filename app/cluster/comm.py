@@ -6,7 +6,6 @@ Beside this file only horovod_library.py, gloo.py and elastic.py import Horovod.
 import os
 import platform
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from app.cluster.affinity import allowed_cpus, pin_all_threads
-from app.cluster.devices import bind_to_cores, choose_device, gpu_name
+from app.cluster.devices import bind_to_cores, check_gpus, choose_device, gpu_name
 from app.cluster.failure import ExitCode, SettingsError
 from app.cluster.gloo import GlooCommunicator
 from app.cluster.horovod_library import start_horovod
@@ -75,7 +74,7 @@ class Cluster(Ranks):
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
             ).on_all_ranks()
-        _check_gpus(mpi.allgather(gpu_name(device, MPI.Get_processor_name())))
+        check_gpus(mpi.allgather(gpu_name(device, MPI.Get_processor_name())))
         return Cluster(mpi.rank, mpi.size, mpi, node.rank, node.size, device)
 
     @staticmethod
@@ -115,7 +114,7 @@ class Cluster(Ranks):
 
         bind_to_cores(all_gather, local_rank, self.device)
         pin_all_threads(allowed_cpus())  # Horovod's runs already
-        _check_gpus(self.all_gather_object(gpu_name(self.device, node)))
+        check_gpus(self.all_gather_object(gpu_name(self.device, node)))
         return replace(self, local_rank=local_rank, local_size=len(mates))
 
     @staticmethod
@@ -164,24 +163,28 @@ class Cluster(Ranks):
         start_horovod(self.device)
 
     def prepare_timeline(self) -> None:
-        """Collective: Horovod starts anew, ready to keep a `timeline`: only so can one begin later. Its writer takes a
+        """Collective: Horovod starts anew, ready for `start_timeline`: only so can one begin later. Its writer takes a
         thread of rank 0's until the end. Nothing happens in Gloo jobs, which could not meet again.
+
+        Raises:
+            SettingsError: on every rank: one is being kept for somebody else.
         """
+        self.on_root(_check_timeline)
         if not isinstance(self._mpi, GlooCommunicator) and self.size > 1:
             hvd.shutdown()
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
             start_horovod(self.device)
 
-    @contextmanager
-    def timeline(self, file: Path) -> Iterator[None]:
-        """Collective: inside, Horovod on rank 0 writes to `file` what became of each tensor, and when each rank had it
-        ready, if `prepare_timeline` was called.
+    def start_timeline(self, file: Path) -> None:
+        """From here on Horovod on rank 0 writes to `file` what becomes of each tensor, and when each rank had it ready,
+        if `prepare_timeline` was called. Not a collective.
         """
-        is_kept = self.is_root and os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
-        if is_kept:
+        if self.is_root and "HOROVOD_TIMELINE" in os.environ:
             hvd.start_timeline(str(file))
-        yield
-        if is_kept:
+
+    def stop_timeline(self) -> None:
+        """The file is complete when it returns."""
+        if self.is_root and "HOROVOD_TIMELINE" in os.environ:
             hvd.stop_timeline()
 
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
@@ -283,11 +286,6 @@ class Cluster(Ranks):
         return wait
 
 
-def _check_gpus(names: Sequence[str | None]) -> None:
-    """`names` of all ranks. Raises SettingsError on every rank."""
-    gpus = [name for name in names if name]
-    if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
-        raise SettingsError(
-            f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
-            "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
-        ).on_all_ranks()
+def _check_timeline() -> None:
+    if "HOROVOD_TIMELINE" in os.environ:
+        raise SettingsError("profile is set, and so is HOROVOD_TIMELINE: Horovod keeps one timeline; leave one out")

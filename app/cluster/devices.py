@@ -1,12 +1,14 @@
 """The GPU and the cores of this rank, agreed with the other ranks of its node."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from app.cluster.affinity import Cpus, allowed_cpus, choose_gpus, cpus_near, num_cores, pin, read_topology, share_cores
+from app.cluster.failure import SettingsError
 
 AllGather = Callable[[Any], list[Any]]
 """Collective over one node: every rank's value, in the order of the local ranks."""
@@ -48,3 +50,13 @@ def _cpus_near(device: torch.device) -> Cpus:
         return frozenset()
     gpu: Any = torch.cuda.get_device_properties(device)  # typed without its address
     return cpus_near(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
+
+
+def check_gpus(names: Sequence[str | None]) -> None:
+    """`names` of all ranks. Raises SettingsError on every rank: several share one."""
+    gpus = [name for name in names if name]
+    if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
+        raise SettingsError(
+            f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
+            "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
+        ).on_all_ranks()

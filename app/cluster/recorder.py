@@ -128,6 +128,15 @@ class Recorder:
             _WAIT.pack_into(self._record, _WAIT_AT, 0.0, self._num_collectives, name)
             self._write_phase()
 
+    @contextmanager
+    def apart(self, phase: str) -> Iterator[None]:
+        """Inside, the rank is at `phase`, which all time is charged to: waiting there says nothing of other ranks."""
+        self.enter(phase)
+        before, began = dict(self.seconds), self._since
+        yield
+        self.beat()
+        self.seconds = {**before, phase: before.get(phase, 0.0) + self._since - began}
+
     def take_seconds(self) -> dict[str, float]:
         """`seconds` up to now; from here on they count from 0."""
         self.beat()

@@ -11,7 +11,7 @@ LOGGERS = ("tensorboard", "csv", "mlflow")
 
 def parse_loggers(text: str) -> list[str]:
     """`tensorboard,csv` -> their names. Raises ValueError where one is unknown."""
-    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    names = [] if text == "none" else list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         check(name in LOGGERS, "loggers", text, f"name some of {', '.join(LOGGERS)}, with commas between them, or none")
     return names

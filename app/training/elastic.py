@@ -19,6 +19,7 @@ from app.cluster.rendezvous import job_name
 from app.config import Settings
 from app.settings import DEFAULT_RUN
 from app.training.journal import mark_after
+from app.training.loggers import check_loggers
 from app.training.loop import Trainer
 from app.training.position import Handover
 from app.training.run_folder import RunFolder
@@ -41,9 +42,10 @@ class Run:
         In an elastic job it may be that all who knew have been lost; then the folder tells.
 
         Raises:
-            SettingsError: `run_dir` holds something already.
+            SettingsError: `run_dir` holds something already, or a logger's package is missing.
             StorageError: the folder cannot be made or written.
         """
+        check_loggers(settings.logger_names)  # before a folder is left behind
         if not elastic:
             return Run(settings, resume, RunFolder.reopen(settings) if resume else RunFolder.create(settings))
         left = Path(settings.run_dir) if settings.run_dir else DEFAULT_RUN.resolve()
@@ -144,6 +146,7 @@ def check_elastic(settings: Settings) -> None:
         "data.batch_size_per_rank is set, and the global batch must stay when ranks come and go: use data.batch_size": (
             data.batch_size_per_rank is not None
         ),
+        "profile is set, and the ranks whose updates are recorded may come and go: use mpirun": bool(settings.profile),
         "proof.non_finite is skip, and the ledger is written before an update is known to be skipped: use stop": (
             proof.ledger and proof.non_finite == "skip"
         ),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from app.cluster.program import tell
 from app.config import Settings
 from app.settings import flat_settings
 from app.training.loggers import build_logger
@@ -78,7 +80,6 @@ class RootJournal(Journal):
         """Go on where `mark` was taken; what an earlier attempt has recorded since is cut off.
 
         Raises:
-            SettingsError: a logger's package is missing.
             StorageError: the folder cannot be written.
         """
         self._quiet = settings.quiet
@@ -86,14 +87,16 @@ class RootJournal(Journal):
         self._said: Position | None = None
         with storage_errors():
             self._metrics = folder.metrics.open("a")
-            if self._metrics.tell() < mark:
-                self.say(f"{folder.metrics} is shorter than it was at the checkpoint: some of its lines are lost")
-            if self._metrics.tell() > mark:
-                self._metrics.truncate(mark)
-            with folder.metrics.open("rb") as known:
-                earlier = [json.loads(line) for line in known.read(mark).splitlines()]
+            known = _whole_lines(folder.metrics, mark)
+            whole = known[-1][1] if known else 0
+            if whole < mark:
+                print(
+                    f"{folder.metrics} is shorter than it was at the checkpoint: some of its lines are lost", flush=True
+                )
+            if self._metrics.tell() > whole:
+                self._metrics.truncate(whole)
             self._loggers = [
-                build_logger(name, folder.path, earlier, flat_settings(settings), self.say)
+                build_logger(name, folder.path, [record for record, _ in known], flat_settings(settings), tell)
                 for name in settings.logger_names
             ]
         self._progress = Progress(
@@ -120,7 +123,7 @@ class RootJournal(Journal):
         self._progress.stop()
         with storage_errors(), contextlib.ExitStack() as stack:  # closing writes what a full disk refused before
             for logger in self._loggers:
-                stack.callback(logger.close)
+                stack.callback(logger.close, ended_well=kind is None)
             stack.callback(self._metrics.close)
 
     def advance(self, num_updates: int) -> None:
@@ -159,16 +162,28 @@ def mark_after(metrics: Path, step: int) -> int:
     """The `mark` of a journal whose last writer is gone: how many bytes of `metrics` come before what was recorded
     after update `step`, or will be recorded anew.
     """
-    if not metrics.exists():
-        return 0
     mark = 0
-    for line in metrics.read_bytes().splitlines(keepends=True):
+    for record, end in _whole_lines(metrics) if metrics.exists() else ():
+        if record["step"] > step or (record["step"] == step and record["kind"] != "train"):
+            break
+        mark = end
+    return mark
+
+
+def _whole_lines(metrics: Path, num_bytes: int = -1) -> list[tuple[dict[str, Any], int]]:
+    """Of the first `num_bytes` of `metrics` the records up to the first that was cut short, and where each ends."""
+    with metrics.open("rb") as file:
+        lines = file.read(num_bytes).splitlines(keepends=True)
+    found: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in lines:
         try:
             record = json.loads(line)
-            is_before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
-        except (ValueError, KeyError, TypeError):  # cut short
+            record["kind"], record["step"]
+        except (ValueError, KeyError, TypeError):
             break
-        if not (is_before and line.endswith(b"\n")):
+        if not line.endswith(b"\n"):
             break
-        mark += len(line)
-    return mark
+        end += len(line)
+        found.append((record, end))
+    return found

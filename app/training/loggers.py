@@ -1,9 +1,11 @@
 """Where the curves go beside metrics.jsonl, which is the run's own record: `--loggers tensorboard,csv,mlflow`.
 
-A logger is told every point once, on rank 0; after a resume it holds what metrics.jsonl holds.
+A logger lives on rank 0. A run that goes on repeats the points after its checkpoint: metrics.csv is written anew, and
+TensorBoard is told to forget them; MLflow keeps both.
 """
 
 import csv
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +22,11 @@ Point = Mapping[str, Any]  # one line of metrics.jsonl: kind, step, epoch, sampl
 PLACE = ("kind", "step", "epoch", "samples")
 CSV_FILE = "metrics.csv"
 MLFLOW_RUN = "mlflow-run.txt"  # which of MLflow's runs this is, for a resume
+PATIENCE = {  # by itself it tries for a quarter of an hour, and the other ranks would wait
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "GIT_PYTHON_REFRESH": "quiet",  # a node without git
+}
 
 
 class Logger(Protocol):
@@ -27,7 +34,16 @@ class Logger(Protocol):
         """Complete on the disk, or sent, when it returns."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, ended_well: bool) -> None: ...
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """
+    Raises:
+        SettingsError: a package is missing.
+    """
+    if "mlflow" in names and importlib.util.find_spec("mlflow") is None:
+        raise SettingsError("loggers: mlflow is not installed: pip install mlflow-skinny, or leave it out")
 
 
 def build_logger(
@@ -45,7 +61,6 @@ def build_logger(
 
     Raises:
         OSError: the folder cannot be written.
-        SettingsError: a package is missing.
     """
     points = list(earlier)
     if name == "tensorboard":
@@ -62,8 +77,9 @@ class TensorBoardLogger:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on after the point of update `step`; TensorBoard is told to forget what came later."""
+        goes_on = any(folder.glob("events.out.*"))
         self._events = EventsWriter(str(folder / "events"))
-        if step:
+        if goes_on:
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def record(self, point: Point) -> None:
@@ -72,7 +88,7 @@ class TensorBoardLogger:
             self._events.write_event(Event(wall_time=time.time(), step=point["step"], summary=scalar))
         self._events.flush()
 
-    def close(self) -> None:
+    def close(self, ended_well: bool) -> None:  # noqa: ARG002
         self._events.close()
 
 
@@ -91,50 +107,59 @@ class CsvLogger:
         self._writer.writerows((*(point[part] for part in PLACE), *named) for named in _values(point))
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, ended_well: bool) -> None:  # noqa: ARG002
         self._file.close()
 
 
 class MlflowLogger:
     """A run of MLflow, wherever its own variables say (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME ...). A server that
-    fails is told of once, and training goes on without it.
+    fails, or takes too long, is told of once, and training goes on without it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-        try:
-            import mlflow
-        except ImportError as error:
-            raise SettingsError(f"loggers: mlflow is not installed ({error}): pip install mlflow-skinny") from error
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a node without git is no reason for a warning
-        self._mlflow: Any = mlflow
-        self._tell = tell
-        self._is_lost = False
-        known = folder / MLFLOW_RUN
-        run = known.read_text() if known.exists() else None
-        self._guarded(lambda: self._begin(folder.resolve().name, run, settings))
-        if not self._is_lost:
-            known.write_text(mlflow.active_run().info.run_id)
+        for variable, value in PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        import mlflow  # when all that it reads in the environment is there
 
-    def _begin(self, name: str, run: str | None, settings: Mapping[str, Any]) -> None:
-        self._mlflow.start_run(run_id=run, run_name=None if run else name)
-        if not run:
-            self._mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+        self._client: Any = None
+        self._is_lost = False
+        self._tell = tell
+        self._run = ""
+        self._guarded(lambda: self._begin(mlflow, folder, settings))
+
+    def _begin(self, mlflow: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._client = mlflow.MlflowClient()
+        known = folder / MLFLOW_RUN
+        if known.exists():
+            self._run = known.read_text()
+            self._client.set_terminated(self._run, "RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._run = self._client.create_run(number, run_name=folder.resolve().name).info.run_id
+        known.write_text(self._run)
+        for setting, value in settings.items():
+            self._client.log_param(self._run, setting, str(value)[:500])
 
     def record(self, point: Point) -> None:
-        values = {f"{point['kind']}/{name}": value for name, value in _values(point)}
-        self._guarded(lambda: self._mlflow.log_metrics(values, step=point["step"]))
+        def send() -> None:
+            for name, value in _values(point):
+                self._client.log_metric(self._run, f"{point['kind']}/{name}", value, step=point["step"])
 
-    def close(self) -> None:
-        self._guarded(self._mlflow.end_run)
+        self._guarded(send)
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
+    def close(self, ended_well: bool) -> None:
+        self._guarded(lambda: self._client.set_terminated(self._run, "FINISHED" if ended_well else "KILLED"))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
         if self._is_lost:
             return
         try:
             action()
-        except self._mlflow.exceptions.MlflowException as error:
+        except Exception as error:  # whatever a server, a proxy or a database may come up with
             self._is_lost = True
-            self._tell(f"MLflow is lost, the run goes on without it: {str(error).splitlines()[0]}")
+            self._tell(f"MLflow is lost, the run goes on without it: {' '.join(str(error).split())[:200]}")
 
 
 def _values(point: Point) -> list[tuple[str, float]]:

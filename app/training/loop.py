@@ -53,7 +53,8 @@ class Trainer:
         """Collective: go on from `handover`; with `resume` from the last whole checkpoint in `folder`, if there is one.
 
         Raises:
-            StorageError: on every rank: there are checkpoints, and none of them is whole.
+            SettingsError: on every rank: the run has no such updates as are to be profiled.
+            StorageError: on every rank: no checkpoint is whole, where there are some; or the journal cannot be kept.
         """
         self._cluster = cluster
         self._settings = settings
@@ -63,6 +64,7 @@ class Trainer:
         self._layout = layout
         self.loader = task.build_loader(layout.replica, layout.num_replicas, strategy)
         self._num_updates = task.num_epochs * self.loader.updates_per_epoch
+        self._profiler = Profiler(settings, self._num_updates, cluster, folder)
         self.window = Window(cluster.device, task.tally_size)
         self.progress = Progress()
         self._saved_step = -1
@@ -78,10 +80,8 @@ class Trainer:
         if cluster.is_elastic:
             cluster.barrier()  # no update counts before every rank can write it down
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
-        self._profiler = Profiler(settings.profiled_updates, cluster, folder, settings.quiet)
-        self._journal = Journal()
-        if cluster.is_root:
-            self._journal = RootJournal(folder, settings, self._num_updates, mark)
+        journal = cluster.on_root_alone(lambda: RootJournal(folder, settings, self._num_updates, mark))
+        self._journal = journal or Journal()
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.
@@ -101,7 +101,8 @@ class Trainer:
             if self._repeats_checkpoint:  # the ranks before may not have come to it
                 self.checkpoint()
             for epoch in range(self.loader.epoch, num_epochs):
-                for unit in self._profiler.watch(self._units(), self.progress):
+                last = (epoch + 1) * self.loader.updates_per_epoch
+                for unit in self._profiler.watch(self._units(), self.progress, last):
                     self.update(unit)
                     if stop and (reason := stop.reason(self._seconds_to_stop())):
                         self._stop(reason)
@@ -109,7 +110,6 @@ class Trainer:
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
                     self._journal.say(_first_score(epoch, evaluation))
-            self._profiler.finish(self.progress)
             if evaluation is None:
                 evaluation = self._evaluate(num_epochs - 1)
             self._enter("checkpoint")
@@ -141,6 +141,7 @@ class Trainer:
     def _stop(self, reason: str) -> NoReturn:
         """Collective: save, if that was not just done, and leave."""
         step = self.progress.step
+        self._profiler.finish(self.progress)
         if self._saved_step != step:
             self.checkpoint()
         self.writer.wait()

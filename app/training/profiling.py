@@ -4,13 +4,12 @@ profile/trace.json.gz    for https://ui.perfetto.dev: phases, PyTorch's operator
 profile/profile.json     the table
 """
 
-import contextlib
 import json
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,14 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from app.cluster.comm import Cluster
+from app.cluster.failure import SettingsError, StorageError
+from app.config import Settings
 from app.training import trace
 from app.training.position import Progress
 from app.training.run_folder import RunFolder, storage_errors
 
 PROFILE = "profile"
+PHASE = "profiling"
 TRACE = "trace.json.gz"
 TABLE = "profile.json"
 NUM_OPERATORS = 12
@@ -54,24 +56,33 @@ class Share:
 class Profiler:
     """Records the updates that were asked for. Of none it does nothing."""
 
-    def __init__(self, updates: range, cluster: Cluster, folder: RunFolder, quiet: bool) -> None:
+    def __init__(self, settings: Settings, num_updates: int, cluster: Cluster, folder: RunFolder) -> None:
         """
         Args:
-            updates: counted from 1.
-            quiet: no table on the screen.
+            num_updates: of the run.
+
+        Raises:
+            SettingsError: on every rank: it has no such updates.
         """
-        self._updates = updates
+        updates = settings.profiled_updates
+        if updates and updates.start > num_updates:
+            message = f"profile is {settings.profile}: the run has {num_updates} updates"
+            raise SettingsError(message).on_all_ranks()
+        self._updates = range(updates.start, min(updates.stop, num_updates + 1))
         self._cluster = cluster
         self._folder = RunFolder(folder.path / PROFILE)
-        self._quiet = quiet
+        self._quiet = settings.quiet
         self._torch: torch.profiler.profile | None = None
-        self._timeline = contextlib.ExitStack()
 
-    def watch(self, units: Iterator[Any], progress: Progress) -> Iterator[Any]:
-        """`units` of work; Collective where a record begins or ends, which is between two of them."""
+    def watch(self, units: Iterator[Any], progress: Progress, last: int) -> Iterator[Any]:
+        """The `units` of work of an epoch, fetching included; Collective where a record begins or ends.
+
+        Args:
+            last: the number of the epoch's last update: what follows it, such as an evaluation, is not recorded.
+        """
         while True:
             upcoming = progress.step + 1
-            if self._updates and upcoming == self._updates.start:
+            if self._updates and upcoming == self._updates.start and upcoming <= last:
                 self._begin()
             elif upcoming == self._updates.stop:
                 self.finish(progress)
@@ -82,18 +93,21 @@ class Profiler:
 
     def _begin(self) -> None:
         cluster = self._cluster
-        cluster.recorder.enter("profiling")
-        with storage_errors():
-            cluster.on_root(lambda: self._folder.path.mkdir(exist_ok=True))
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines are for those who debug it
         on_gpu = cluster.device.type == "cuda"
         self._torch = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], acc_events=True
         )
-        self._torch.start()  # takes a second or two
-        self._timeline.enter_context(cluster.timeline(self._folder.path / _HOROVOD))
-        cluster.barrier()
-        cluster.recorder.history = [(time.time(), "profiling", "")]
+        with cluster.recorder.apart(PHASE):
+            cluster.on_root(self._make_folder)
+            self._torch.start()  # takes a second or two
+            cluster.start_timeline(self._folder.path / _HOROVOD)
+            cluster.barrier()
+        cluster.recorder.history = [(time.time(), PHASE, "")]
+
+    def _make_folder(self) -> None:
+        with storage_errors():
+            self._folder.path.mkdir(exist_ok=True)
 
     def finish(self, progress: Progress) -> None:
         """Collective: end the record, if one has begun, and write it down.
@@ -105,21 +119,21 @@ class Profiler:
             return
         cluster, profile = self._cluster, self._torch
         self._torch = None
-        cluster.recorder.enter("profiling")
-        if cluster.device.type == "cuda":
-            torch.cuda.synchronize()
-        history, cluster.recorder.history = cluster.recorder.history or [], None
-        end = time.time()
-        profile.stop()
-        self._timeline.close()
-        num_updates = progress.step + 1 - self._updates.start
-        seconds: dict[str, float] = {}
-        for name, begin, until in trace.phases(history, end):
-            seconds[name] = seconds.get(name, 0.0) + until - begin
-        origin = cluster.on_root(lambda: int((history[0][0] - SECONDS_BEFORE) * 1e6))
-        cluster.on_every_rank(lambda: self._write_part(profile, history, end, origin))
-        of_ranks = cluster.all_gather_object((seconds, _operators(profile)))
-        cluster.on_root(lambda: self._conclude(of_ranks, num_updates))
+        with cluster.recorder.apart(PHASE):
+            if cluster.device.type == "cuda":
+                torch.cuda.synchronize()
+            history, cluster.recorder.history = cluster.recorder.history or [], None
+            end = time.time()
+            profile.stop()
+            cluster.stop_timeline()
+            seconds: dict[str, float] = {}
+            for name, begin, until in trace.phases(history, end):
+                if name != PHASE:
+                    seconds[name] = seconds.get(name, 0.0) + until - begin
+            origin = cluster.on_root(lambda: int((history[0][0] - SECONDS_BEFORE) * 1e6))
+            cluster.on_every_rank(lambda: self._write_part(profile, history, end, origin))
+            of_ranks = cluster.all_gather_object((seconds, of_operators(profile.key_averages())))
+            cluster.on_root(lambda: self._conclude(of_ranks, progress.step + 1 - self._updates.start))
 
     def _part(self, rank: int) -> Path:
         return self._folder.path / f".rank{rank:05d}.json.gz"
@@ -133,18 +147,16 @@ class Profiler:
             profile.export_chrome_trace(str(exported))
             events = [
                 *trace.phase_events(history, end, rank, platform.node(), origin),
-                *trace.torch_events(json.loads(exported.read_text()), rank, os.getpid(), origin),
+                *trace.torch_events(_taken(exported), rank, os.getpid(), origin),
             ]
-            exported.unlink()
-            if self._cluster.is_root and timeline.exists():
-                if text := timeline.read_text():  # nothing, if no tensor came by
-                    events += trace.horovod_events(json.loads(text), origin)
-                timeline.unlink()
+            if self._cluster.is_root and timeline.exists() and (of_horovod := _taken(timeline)):
+                events += trace.horovod_events(of_horovod, origin)
             trace.write_part(self._part(rank), events)
 
     def _conclude(self, of_ranks: Sequence[tuple[dict[str, float], dict[str, Calls]]], num_updates: int) -> None:
         with storage_errors():
-            trace.join_parts([self._part(rank) for rank in range(len(of_ranks))], self._folder.path / TRACE)
+            parts = [self._part(rank) for rank in range(len(of_ranks))]
+            trace.join_parts(parts, self._folder.path / TRACE, self._cluster.recorder.beat)
         phases = _shares([seconds for seconds, _ in of_ranks], num_updates)
         calls = Counter[str]()
         for _, operators_of_rank in of_ranks:
@@ -168,15 +180,32 @@ class Profiler:
             print(f"Trace, for https://ui.perfetto.dev: {self._folder.path / TRACE}", flush=True)
 
 
-def _operators(profile: torch.profiler.profile) -> dict[str, Calls]:
-    """Of each operator, or kernel of a GPU: how often it was called, and how many seconds it took by itself."""
-    averages = profile.key_averages()
-    on_gpu = any(event.self_device_time_total for event in averages)
-    found = {}
-    for event in averages:
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found[event.key] = (event.count, microseconds / 1e6)
-    return found
+def _taken(file: Path) -> Any:
+    """What the JSON in `file`, which is removed, says; None if it is empty, since no tensor came by.
+
+    Raises:
+        StorageError: it is torn: whoever wrote it has no word for a disk that is full.
+    """
+    text = file.read_text()
+    file.unlink()
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise StorageError(f"{file} is torn: is there space left on the disk?") from None
+
+
+def of_operators(averages: Iterable[Any]) -> dict[str, Calls]:
+    """Of each operator on a CPU or, where there is a GPU, of each of its kernels: how often it was called, and how many
+    seconds it took by itself.
+
+    Args:
+        averages: as torch.profiler gives them. An operator is also charged with the kernels that it starts, which have
+            entries of their own, and so have the spans that a program has named.
+    """
+    kernels = [event for event in averages if event.device_type.name != "CPU" and not event.is_user_annotation]
+    if kernels:
+        return {event.key: (event.count, event.self_device_time_total / 1e6) for event in kernels}
+    return {event.key: (event.count, event.self_cpu_time_total / 1e6) for event in averages}
 
 
 def _shares(seconds_of_ranks: Sequence[Mapping[str, float]], num_updates: int) -> list[Share]:

@@ -1,5 +1,5 @@
-"""The folder that a run leaves behind. Rank 0 alone touches it, but for ledger/ and, of a model in parts, checkpoints/,
-which all ranks must see.
+"""The folder that a run leaves behind. Rank 0 alone touches it, but for recorder/, ledger/, profile/ and, of a model in
+parts, checkpoints/, which all ranks must see.
 
 settings.yaml      every setting of the run, ready for --config
 environment.json   versions, hardware, the ranks and how they were started
@@ -140,15 +140,9 @@ class RunFolder:
         with storage_errors():
             for conclusion in ("summary.json", "evaluation.json"):
                 (self.path / conclusion).unlink(missing_ok=True)
-        # For --config and --resume, where the folder's own name would be in the way.
-        self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None)))
+        # For --config and --resume, where the folder's own name would be in the way, and what was profiled is over.
+        self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None, profile=None)))
         self.write_json("environment.json", environment)
-
-    def summary(self) -> dict[str, Any]:
-        """How the run ended."""
-        with storage_errors():
-            found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-        return found
 
     def load_settings(self) -> Settings:
         return load_settings(self.path / SETTINGS_FILE)

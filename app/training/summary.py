@@ -33,8 +33,9 @@ def write_summary(
     progress: Progress,
     seconds_of_ranks: Sequence[Mapping[str, float]],
     peak_mib_of_ranks: Sequence[float],
-) -> None:
-    """
+) -> dict[str, Any]:
+    """summary.json, and evaluation.json; what the first one holds.
+
     Args:
         seconds_of_ranks: of each rank, by phase.
 
@@ -42,26 +43,25 @@ def write_summary(
         StorageError: it cannot be written.
     """
     slowest, lost = stragglers(seconds_of_ranks)
-    folder.write_json(
-        "summary.json",
-        {
-            **{name: json_number(value) for name, value in evaluation.scores.items()},
-            **evaluation.counts,
-            "num_parameters": merged.num_elements,
-            "model_digest": merged.digest,
-            "num_ranks": len(seconds_of_ranks),
-            "peak_mib_of_ranks": list(peak_mib_of_ranks),
-            "seconds_of_ranks": [{phase: round(s, 3) for phase, s in rank.items()} for rank in seconds_of_ranks],
-            "slowest_rank": slowest,
-            "share_lost_waiting_for_it": round(lost, 4),
-            "num_updates": progress.step,
-            "num_skipped": progress.num_skipped,
-            "training_seconds": round(progress.seconds, 3),
-            "num_samples": progress.num_samples,
-            "samples_per_second": round(progress.samples_per_second, 1),
-        },
-    )
+    summary = {
+        **{name: json_number(value) for name, value in evaluation.scores.items()},
+        **evaluation.counts,
+        "num_parameters": merged.num_elements,
+        "model_digest": merged.digest,
+        "num_ranks": len(seconds_of_ranks),
+        "peak_mib_of_ranks": list(peak_mib_of_ranks),
+        "seconds_of_ranks": [{phase: round(s, 3) for phase, s in rank.items()} for rank in seconds_of_ranks],
+        "slowest_rank": slowest,
+        "share_lost_waiting_for_it": round(lost, 4),
+        "num_updates": progress.step,
+        "num_skipped": progress.num_skipped,
+        "training_seconds": round(progress.seconds, 3),
+        "num_samples": progress.num_samples,
+        "samples_per_second": round(progress.samples_per_second, 1),
+    }
+    folder.write_json("summary.json", summary)
     folder.write_json("evaluation.json", {**evaluation.counts, **evaluation.details})
+    return summary
 
 
 def summary_lines(folder: RunFolder, summary: Mapping[str, Any], samples: str) -> list[str]:

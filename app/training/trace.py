@@ -7,7 +7,7 @@ from rank 0 is one more, with a line for each tensor. All times are microseconds
 import gzip
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ Change = tuple[float, str, str]  # when (seconds since the epoch), to what, for 
 
 PIDS_OF_A_RANK = 100  # its own, and one for each of its GPUs
 HOROVOD_PID = PIDS_OF_A_RANK - 1
+FAST = 1  # 64 ranks on GPUs write a gigabyte
 _ENDING = b'{"ph":"M","name":"trace","pid":0}]}\n'  # so that a comma may stand before it
 
 
@@ -62,7 +63,9 @@ def torch_events(document: Mapping[str, Any], rank: int, process_id: int, origin
 
 
 def horovod_events(timeline: Sequence[Mapping[str, Any]], origin: int) -> Iterator[Event]:
-    """Horovod's own timeline: tensors, which are processes there, become lines of one process."""
+    """Horovod's own timeline: tensors, which are processes there, become lines of one process. It counts ranks within
+    the group that a tensor belongs to: all of them, or in a pipeline the replicas of rank 0's stage.
+    """
     shift = timeline[0]["args"]["start_time_since_epoch_in_micros"] - origin
     yield from _name_process(HOROVOD_PID, "Horovod on rank 0", place=10**9)
     for event in timeline[1:]:
@@ -73,22 +76,27 @@ def horovod_events(timeline: Sequence[Mapping[str, Any]], origin: int) -> Iterat
             continue
         moved["ts"] = event["ts"] + shift
         if event["ph"] == "X":  # a moment, by the rank's number
-            moved |= {"ph": "i", "s": "t", "name": f"rank {event['name']} is ready"}
+            moved |= {"ph": "i", "s": "t", "name": f"rank {event['name']} of its group is ready"}
         yield moved
 
 
 def write_part(file: Path, events: Iterable[Event]) -> None:
     """One rank's part of the trace."""
-    with gzip.open(file, "wt") as out:
+    with gzip.open(file, "wt", compresslevel=FAST) as out:
         for event in events:
             out.write(json.dumps(event) + ",\n")
 
 
-def join_parts(parts: Sequence[Path], file: Path) -> None:
-    """The whole trace, of which no more than a piece is ever in memory; the parts are removed."""
-    with gzip.open(file, "wb") as out:
+def join_parts(parts: Sequence[Path], file: Path, beat: Callable[[], None]) -> None:
+    """The whole trace, of which no more than a piece is ever in memory; the parts are removed.
+
+    Args:
+        beat: called after each part, as a sign of life.
+    """
+    with gzip.open(file, "wb", compresslevel=FAST) as out:
         out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
         for part in parts:
+            beat()
             with gzip.open(part, "rb") as opened:
                 shutil.copyfileobj(opened, out)
         out.write(_ENDING)

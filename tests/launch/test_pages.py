@@ -132,6 +132,9 @@ def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
     lines = [_shortened(line) for line in block.commands if not _is_for_slurm(line)]
     finished = launch("set -e\n" + "\n".join(lines), timeout_seconds=400, cwd=clone)
     assert finished.returncode == 0, f"{lines}:\n{finished.output}"
+    if any("timeout" in line for line in lines):  # whose exit code says nothing of the run's
+        (update,) = re.findall(r"stopped by SIGUSR1 after update (\d+) of \d+, which is saved", finished.output)
+        assert f"Goes on after update {update} from" in finished.output
 
 
 @pytest.mark.parametrize("command", [line for b in BLOCKS for line in b.commands if line.startswith("sbatch")])
@@ -158,6 +161,7 @@ def test_every_command_has_its_test() -> None:
         assert f"def {name}(" in (Path(__file__).parent / file).read_text(), reference
     first = next(_blocks(ROOT / "README.md"))
     assert first == ["env/run horovodrun -np 2 python app/train.py", "env/run pytest"]
-    assert len([line for block in BLOCKS for line in block.commands]) >= 30
+    for program, number in (("", 30), ("sbatch", 3), ("srun", 2)):
+        assert len([line for block in BLOCKS for line in block.commands if line.startswith(program)]) >= number
     for line in (line for page in PAGES for lines in _blocks(page) for line in lines):
         assert shlex.split(line), line

@@ -25,6 +25,11 @@ def _trace(folder: Path) -> Events:
     return events
 
 
+def _table(folder: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((folder / "profile" / "profile.json").read_text())
+    return table
+
+
 def _named(events: Events, name: str, pid: int) -> Events:
     return [event for event in events if event.get("name") == name and event["pid"] == pid]
 
@@ -48,8 +53,11 @@ def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> 
         begin = max(first["ts"], second["ts"])
         end = min(first["ts"] + first["dur"], second["ts"] + second["dur"])
         assert any(begin - 100 <= moment <= end + 100 for moment in sums), (begin, end, sums)
-    assert {event["name"] for event in of_horovod if event["ph"] == "i"} == {"rank 0 is ready", "rank 1 is ready"}
-    table = json.loads((tmp_path / "run" / "profile" / "profile.json").read_text())
+    assert {event["name"] for event in of_horovod if event["ph"] == "i"} == {
+        "rank 0 of its group is ready",
+        "rank 1 of its group is ready",
+    }
+    table = _table(tmp_path / "run")
     assert table["updates"] == [9, 11]
     assert {share["name"] for share in table["phases"]} >= {"forward and backward pass", "gradient.0 all-reduce"}
     assert "updates 9-11: ms an update" in output
@@ -63,9 +71,9 @@ def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("prefix", "settings", "phase"),
     [
-        ([], ["--profile", "20-99"], "forward and backward pass"),  # to the end of the run, on one rank
+        ([], ["--profile", "11-99"], "forward and backward pass"),  # from an epoch's first update to the end of the run
         (["mpirun", "-np", "2"], ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"], "message from rank"),
-        (["horovodrun", "--gloo", "-np", "2"], ["--profile", "3", "--parallel", "zero3"], "all-gather"),  # no timeline
+        (["horovodrun", "--gloo", "-np", "2"], ["--profile", "10", "--parallel", "zero3"], "all-gather"),  # no timeline
     ],
 )
 def test_whatever_the_strategy_and_the_launcher(
@@ -74,7 +82,43 @@ def test_whatever_the_strategy_and_the_launcher(
     output = _train(prefix, tmp_path / "run", *settings)
     ranks = {event["pid"] for event in _trace(tmp_path / "run") if event.get("cat") == "phase"}
     assert len(ranks) == (2 if prefix else 1)
-    table = json.loads((tmp_path / "run" / "profile" / "profile.json").read_text())
+    table = _table(tmp_path / "run")
+    assert table["updates"] == {"11-99": [11, 20], "3": [3, 3], "10": [10, 10]}[settings[1]]
     names = {share["name"] for share in table["phases"]}
     assert any(phase in name for name in names), names
+    assert not names & {"evaluation", "profiling"}  # which lie between or behind these updates
     assert ("ms an update" in output) == ("--quiet" not in settings)
+
+
+def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
+    settings = ["--config", "cartpole", "--ppo.total_steps", "512", "--ppo.num_steps", "8", "--profile", "3-4"]
+    finished = launch(
+        ["mpirun", "-np", "2", "python", TRAIN, *settings, "--run_dir", str(tmp_path / "run")], timeout_seconds=120
+    )
+    assert finished.returncode == 0, finished.output
+    table = _table(tmp_path / "run")
+    assert table["updates"] == [3, 4]
+    assert "steps of the environments" in {share["name"] for share in table["phases"]}
+
+
+def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopping = ["--num_epochs", "100000", "--stop.after_minutes", "0.25", "--stop.margin_seconds", "1"]
+    stopping += ["--profile", "9-999999"]
+    finished = launch(["python", TRAIN, *COMMON, *stopping, "--run_dir", str(run)], timeout_seconds=120)
+    assert finished.returncode == 75, finished.output
+    table = _table(run)
+    assert 9 <= table["updates"][1] < 999999
+    resumed = launch(["python", TRAIN, "--resume", "--run_dir", str(run), "--stop.after_minutes", "0.01"])
+    assert resumed.returncode == 75, resumed.output
+    assert _table(run) == table
+
+
+def test_updates_that_never_come_are_refused(tmp_path: Path) -> None:
+    finished = launch(["mpirun", "-np", "2", "python", TRAIN, *COMMON, "--profile", "21", "--run_dir", str(tmp_path)])
+    assert finished.returncode == 2, finished.output
+    assert finished.output.count("profile is 21: the run has 20 updates") == 1
+    taken = {"HOROVOD_TIMELINE": str(tmp_path / "mine.json")}
+    finished = launch(["python", TRAIN, *COMMON, "--profile", "2"], environment=taken)
+    assert finished.returncode == 2, finished.output
+    assert finished.output.count("profile is set, and so is HOROVOD_TIMELINE") == 1

@@ -50,7 +50,12 @@ def test_no_setting_is_dead(name: str) -> None:
 )
 def test_what_a_page_points_to_is_there(document: Any) -> None:
     text = document.read_text()
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
-        assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]+)(?:#([\w-]+))?\)", text):
+        page = document.parent / target
+        assert page.exists(), target
+        headings = (
+            [line.lstrip("# ").lower().replace(" ", "-") for line in page.read_text().splitlines()] if anchor else []
+        )
+        assert not anchor or anchor in headings, f"{target}#{anchor}"
     for script in re.findall(r"(?:app|benchmarks|slurm)/[\w/]+\.(?:py|sbatch)", text):
         assert (ROOT / script).exists(), script

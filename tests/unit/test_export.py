@@ -93,3 +93,16 @@ def test_an_export_that_gives_something_else_is_refused_and_leaves_no_file(
     with pytest.raises(LockstepError, match=r"model\.onnx would give other outputs than the model"):
         export(model, inputs, folder, "onnx")
     assert [path.name for path in folder.path.iterdir()] == ["settings.yaml"]
+
+
+class Choosing(nn.Module):
+    """Which layer is used depends on the values: no graph can say that."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * 2 if inputs.sum() > 0 else inputs
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_network_that_no_graph_can_hold_is_told(form: str, folder: RunFolder) -> None:
+    with pytest.raises(LockstepError, match=rf"this network cannot be written as model\.{form}: "):
+        export(Choosing(), torch.ones(3, 4), folder, form)

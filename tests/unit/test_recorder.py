@@ -86,3 +86,14 @@ def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
     assert slowest == 1
     assert lost == pytest.approx(8 / 30)
     assert stragglers([{"update": 3.0}]) == (0, 0.0)
+
+
+def test_waiting_apart_from_the_others_says_nothing_of_them() -> None:
+    recorder = Recorder()
+    recorder.enter("training")
+    with recorder.apart("profiling"), recorder.waiting("barrier"):
+        time.sleep(0.05)
+    recorder.enter("training")
+    seconds = recorder.take_seconds()
+    assert seconds["profiling"] >= 0.05
+    assert seconds.get("waiting", 0.0) == 0.0

@@ -3,8 +3,10 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from app.training.profiling import of_operators
 from app.training.trace import HOROVOD_PID, horovod_events, join_parts, phase_events, phases, torch_events, write_part
 
 ORIGIN = 1_000_000_000 * 10**6  # microseconds since the epoch
@@ -66,7 +68,7 @@ def test_horovods_tensors_become_lines_of_one_process() -> None:
     _, _, line, begin, ready, end = horovod_events(timeline, ORIGIN)
     assert (line["name"], line["tid"], line["args"]["name"]) == ("thread_name", 1, "gradient.0")
     assert [event["ts"] for event in (begin, ready, end)] == [105, 106, 107]
-    assert (ready["ph"], ready["name"]) == ("i", "rank 1 is ready")
+    assert (ready["ph"], ready["name"]) == ("i", "rank 1 of its group is ready")
     assert {event["pid"] for event in (line, begin, ready, end)} == {HOROVOD_PID}
 
 
@@ -74,8 +76,29 @@ def test_parts_are_joined_into_one_document_and_removed(tmp_path: Path) -> None:
     parts = [tmp_path / f"{rank}.gz" for rank in range(3)]
     for rank, part in enumerate(parts):
         write_part(part, [{"ph": "X", "name": f"of rank {rank}"}] * rank)
-    join_parts(parts, tmp_path / "trace.json.gz")
+    beats: list[None] = []
+    join_parts(parts, tmp_path / "trace.json.gz", lambda: beats.append(None))
+    assert len(beats) == 3
     document = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
     names = [event["name"] for event in document["traceEvents"] if event["ph"] == "X"]
     assert names == ["of rank 1", "of rank 2", "of rank 2"]
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json.gz"]
+
+
+def _average(key: str, device: str, on_cpu: float, on_device: float, named: bool = False) -> Any:
+    return SimpleNamespace(
+        key=key,
+        count=2,
+        device_type=SimpleNamespace(name=device),
+        self_cpu_time_total=on_cpu,
+        self_device_time_total=on_device,
+        is_user_annotation=named,
+    )
+
+
+def test_a_kernels_time_is_counted_once() -> None:
+    operator = _average("aten::mm", "CPU", 5.0, 40.0)  # is charged with its kernel's time as well
+    kernel = _average("gemm", "CUDA", 0.0, 40.0)
+    span = _average("Optimizer.step", "CUDA", 0.0, 90.0, named=True)
+    assert of_operators([operator, kernel, span]) == {"gemm": (2, 40e-6)}
+    assert of_operators([_average("aten::mm", "CPU", 5.0, 0.0)]) == {"aten::mm": (2, 5e-6)}
