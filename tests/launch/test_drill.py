@@ -1,6 +1,7 @@
 """Some of the faults under each launcher; app/drill.py without options injects all.
 
-That a drill fails where it should is tested in tests/unit/test_drill.py.
+Not the cut link under Slurm, which takes a minute to start the next step. That a drill fails where it should is tested
+in tests/unit/test_drill.py.
 """
 
 import json
@@ -33,7 +34,7 @@ def test_under_mpirun(tmp_path: Path) -> None:
 
 
 def test_under_srun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    faults = "cut_link"
+    faults = "sigkill"
     launcher = "srun --mpi=pmix --kill-on-bad-exit=1 -n {ranks}"
     drill = f"{DRILL} --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
     finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} salloc -N2 -n4 {drill}", tmp_path, 500)
@@ -42,7 +43,7 @@ def test_under_srun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
 
 @across_nodes
 def test_under_horovodrun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    faults = "sigkill"
+    faults = "cut_link"
     launcher = "horovodrun -np {ranks} -H n1:2,n2:2"
     drill = f"{DRILL} --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
     finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} {drill}", tmp_path, 500)
