@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def _taken(file: Path) -> Any:
         raise StorageError(f"{file} is torn: is there space left on the disk?") from None
 
 
-def of_operators(averages: Iterable[Any]) -> dict[str, Calls]:
+def of_operators(averages: Sequence[Any]) -> dict[str, Calls]:
     """Of each operator on a CPU or, where there is a GPU, of each of its kernels: how often it was called, and how many
     seconds it took by itself.
 
