@@ -1,5 +1,8 @@
 """Optimizers and the learning rate as a pure function of the step."""
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from app.models.net import Net
 from app.training.averaging import exchange_with_average, has_average
 from app.training.large_batch import Lamb, Lars
 from app.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from tests.launching import ROOT, launch
 
 
 def test_net_has_the_seeds_parameters_and_gives_log_probabilities() -> None:
@@ -68,7 +72,8 @@ def test_the_optimizer_is_the_one_asked_for(
     settings: OptimizerSettings, kind: type[torch.optim.Optimizer], decay: float
 ) -> None:
     optimizer = build_optimizer(Net(), settings)
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
+    assert type(optimizer).__name__ == kind.__name__
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (settings.learning_rate, decay)
     if kind is torch.optim.SGD:
@@ -158,3 +163,46 @@ def test_the_average_follows_the_weights(name: str) -> None:
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-12, atol=1e-12)
     exchange_with_average(optimizer)
     assert torch.equal(model.weight.detach(), weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_without_the_compiler_every_bit_is_the_same(name: Any, kind: type[torch.optim.Optimizer]) -> None:
+    settings = OptimizerSettings(name=name, momentum=0.9, weight_decay=0.01)
+    options: dict[str, Any] = {"momentum": 0.9} if name == "sgd" else {}
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(7, 5) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    theirs = kind(models[1].parameters(), lr=settings.learning_rate, weight_decay=0.01, fused=True, **options)  # type: ignore[call-arg]
+    optimizers = [build_optimizer(models[0], settings), theirs]
+    for _ in range(4):
+        inputs = torch.randn(3, 7)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(models[0].weight, models[1].weight)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for index, state in states[1]["state"].items():
+        assert all(torch.equal(value, states[0]["state"][index][key]) for key, value in state.items())
+    optimizers[0].load_state_dict(states[1])
+
+
+def test_pytorchs_compiler_is_not_imported_for_an_optimizer() -> None:
+    """A second and a half of each rank's start."""
+    code = """
+import sys, torch
+from app.config import OptimizerSettings
+from app.training.optim import build_optimizer
+for name in ("sgd", "adam", "adamw", "lars", "lamb"):
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, OptimizerSettings(name=name, average_decay=0.9))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    finished = launch([sys.executable, "-c", code], cwd=ROOT)
+    assert finished.returncode == 0, finished.output
