@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.launching import ROOT, across_nodes, launch
 from tests.slurm_cluster import SlurmCluster
@@ -33,6 +32,13 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "app/benchmark.py throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
     "app/benchmark.py scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
     "np 2 python app/benchmark.py comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
+    "app/benchmark.py sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
+    "app/benchmark.py pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
+    "app/merge.py": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
+    "--parallel zero3": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
+    "--config seed": "test_programs.py::test_the_seeds_run_prints_the_seeds_lines",
+    "--data.name image_folder": "test_vision.py::test_a_folder_of_images_is_learned_by_ranks_with_workers",
+    "-np 2 python app/train.py --resume": "test_resume.py::test_a_killed_run_ends_with_the_model_of_one_that_was_not",
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
     "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
     "peers --": "../unit/test_benchmark_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
@@ -93,11 +99,9 @@ def _shortened(line: str) -> str:
     """The same command with less to do; later settings win over those before."""
     if "timeout --signal=USR1 20" in line:  # which ends with 124 by itself
         return line.replace("USR1 20", "USR1 12") + " || [ $? = 124 ]"
-    line = line.replace("/data/imagenet", "images").replace("/scratch/me", ".")
+    line = line.replace("/scratch/me", ".")
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
-    if "app/benchmark.py sharding" in line:
-        return f"{line} --model.vit.width 16 --model.vit.depth 2 --out benchmark"
     if "app/benchmark.py" in line:
         return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark"
     return f"{line} {FEW_ROUNDS}" if "benchmarks/" in line else line
@@ -106,8 +110,6 @@ def _shortened(line: str) -> str:
 def _less_to_learn(line: str) -> str:
     if "--resume" in line:
         return "--num_epochs 8" if "-np 3" in line else ""  # of which the one before has done some
-    if "image_folder" in line:
-        return "--model.name resnet18 --data.image_size 32 --data.batch_size_per_rank 2 --num_epochs 1"
     return SMALL
 
 
@@ -117,13 +119,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("app", "benchmarks", "env", "slurm", ".venv"):
         (folder / name).symlink_to(ROOT / name)
-    for part in ("train", "val"):
-        for index, name in enumerate(("cats", "dogs")):
-            (folder / "images" / part / name).mkdir(parents=True)
-            for number in range(4):
-                Image.new("RGB", (40, 40), (60 * number, 200 * index, 0)).save(
-                    folder / "images" / part / name / f"{number}.jpg"
-                )
     return folder
 
 
