@@ -8,7 +8,7 @@ import csv
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ def check_loggers(names: Iterable[str]) -> None:
 def build_logger(
     name: str,
     folder: Path,
-    earlier: Iterable[Point],
+    earlier: Sequence[Point],
     settings: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> Logger:
@@ -62,11 +62,10 @@ def build_logger(
     Raises:
         OSError: the folder cannot be written.
     """
-    points = list(earlier)
     if name == "tensorboard":
-        return TensorBoardLogger(folder, max((point["step"] for point in points), default=0))
+        return TensorBoardLogger(folder, max((point["step"] for point in earlier), default=0))
     if name == "csv":
-        return CsvLogger(folder / CSV_FILE, points)
+        return CsvLogger(folder / CSV_FILE, earlier)
     return MlflowLogger(folder, settings, tell)
 
 
@@ -117,17 +116,17 @@ class MlflowLogger:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-        for variable, value in PATIENCE.items():
-            os.environ.setdefault(variable, value)
-        import mlflow  # when all that it reads in the environment is there
-
         self._client: Any = None
         self._is_lost = False
         self._tell = tell
         self._run = ""
-        self._guarded(lambda: self._begin(mlflow, folder, settings))
+        self._guarded(lambda: self._begin(folder, settings))
 
-    def _begin(self, mlflow: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    def _begin(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        for variable, value in PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        import mlflow  # when all that it reads in the environment is there
+
         self._client = mlflow.MlflowClient()
         known = folder / MLFLOW_RUN
         if known.exists():

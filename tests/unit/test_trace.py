@@ -4,9 +4,15 @@ import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from app.training.profiling import of_operators
+import pytest
+
+from app.cluster.comm import Cluster
+from app.config import Settings
+from app.training.position import Progress
+from app.training.profiling import Profiler, of_operators
+from app.training.run_folder import RunFolder
 from app.training.trace import HOROVOD_PID, horovod_events, join_parts, phase_events, phases, torch_events, write_part
 
 ORIGIN = 1_000_000_000 * 10**6  # microseconds since the epoch
@@ -102,3 +108,26 @@ def test_a_kernels_time_is_counted_once() -> None:
     span = _average("Optimizer.step", "CUDA", 0.0, 90.0, named=True)
     assert of_operators([operator, kernel, span]) == {"gemm": (2, 40e-6)}
     assert of_operators([_average("aten::mm", "CPU", 5.0, 0.0)]) == {"aten::mm": (2, 5e-6)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "updates_per_epoch", "expected"),
+    [
+        ("3-4", 2, [("begin", 2), ("finish", 4)]),  # an epoch, not what lies before or behind it
+        ("2-3", 2, [("begin", 1), ("finish", 3)]),
+        ("3", 1, [("begin", 2), ("finish", 3)]),  # as of agents
+        ("5-99", 2, [("begin", 4), ("finish", 6)]),
+    ],
+)
+def test_a_record_begins_and_ends_once(
+    asked: str, updates_per_epoch: int, expected: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with the number of updates that were done by then, of a run of six."""
+    progress, seen = Progress(), list[tuple[str, int]]()
+    monkeypatch.setattr(Profiler, "_begin", lambda _: seen.append(("begin", progress.step)))
+    monkeypatch.setattr(Profiler, "finish", lambda *_: seen.append(("finish", progress.step)))
+    profiler = Profiler(Settings(profile=asked), 6, cast(Cluster, None), RunFolder(tmp_path))
+    for last in range(updates_per_epoch, 7, updates_per_epoch):
+        for _ in profiler.watch(iter(range(updates_per_epoch)), progress, last):
+            progress.step += 1
+    assert [event for index, event in enumerate(seen) if event not in seen[:index] or event[0] == "begin"] == expected
