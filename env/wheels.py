@@ -212,9 +212,23 @@ def unpack_horovod(environment: Environment, pin: Pin, work: Path, log: Path) ->
     requirements.write_text(pin.block)
     environment.pip("download", "--no-deps", "--no-build-isolation", "--no-binary", pin.name, "--require-hashes",
                     "-d", work, "-r", requirements, log=log)  # fmt: skip
-    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
-        archive.extractall(work, filter="data")
+    unpack(next(work.glob("*.tar.gz")), work)
     return next(path for path in work.glob("horovod-*") if path.is_dir())
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack files and folders. Refuses an archive with anything else in it, or with a name that leads elsewhere."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+            if not inside or not (member.isfile() or member.isdir()):
+                raise SetupError(
+                    f"{archive.name} holds {member.name}, which is no file or folder below its own",
+                    "do not trust the package index that it came from",
+                )
+        # Python's own check as well, which came with 3.11.4: Debian 12 has 3.11.2.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder)
 
 
 def horovod_options(tools: Toolchain, gpu: Gpu | None, work: Path) -> dict[str, str]:
