@@ -19,7 +19,7 @@ from pathlib import Path
 
 from env.environment import Environment
 from env.lockfile import BUILT_HERE, ONLY_IF_MISSING, Pin, needed_by_torch_alone, read_lock
-from env.steps import SetupError, Steps, run_logged, say, stop_all
+from env.steps import SetupError, Steps, never_silent, run_logged, say, stop_all, unexpected
 from env.toolchain import (
     MPI,
     check_cxx_standard,
@@ -231,10 +231,11 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda signum, _: sys.exit(128 + signum))
-    environment = Environment(ROOT, folder_from("LOCKSTEP_VENV", ROOT / ".venv"))
-    steps = Steps(total=6)
+    steps, venv = Steps(total=6), ROOT / ".venv"
     try:
-        with environment.lock() as waited:
+        venv = folder_from("LOCKSTEP_VENV", venv)
+        environment = Environment(ROOT, venv)
+        with never_silent(), environment.lock() as waited:
             if not waited or environment.settings().get("lockstep_stamp") != environment.stamp:
                 build(environment, cache_folder(), steps)
     except SetupError as error:
@@ -243,6 +244,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         say("\ninterrupted; env/setup goes on from here")
         return 130
+    except Exception as error:
+        steps.report(unexpected(error, venv / "logs"))
+        return 1
     finally:
         stop_all()
     say(f"ready. Run commands in it with env/run, or: source {ROOT}/env/activate")

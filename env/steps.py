@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,22 +36,72 @@ KNOWN_CAUSES = (
      "try it: mpicxx --version; load the MPI's module again, or another MPI"),
     (r"Python\.h: No such file", "Python's headers are missing",
      "install them (Debian: python3-dev), or name another Python: LOCKSTEP_PYTHON=/path/to/python3 env/setup"),
+    (r"PermissionError|NotADirectoryError|FileExistsError|Read-only file system", "env/setup cannot write there",
+     "name folders of your own: LOCKSTEP_VENV (the environment), LOCKSTEP_CACHE (compiled wheels), TMPDIR"),
 )  # fmt: skip
 
 NOTHING_TO_SAY = re.compile(r"^\s*$|^WARNING: Location|^\s+(\[end of output\]|note: )|^hint:")
 
 
-class SetupError(Exception):
-    """A step cannot go on: why, and what the person can do about it."""
+SECONDS_OF_SILENCE = 10.0
 
-    def __init__(self, why: str, fix: str, log: Path | None = None) -> None:
+
+class SetupError(Exception):
+    """A step cannot go on: why, and what the person can do about it.
+
+    Attributes:
+        quotes: lines of the log tell a person more.
+    """
+
+    def __init__(self, why: str, fix: str, log: Path | None = None, quotes: bool = True) -> None:
         super().__init__(why)
-        self.why, self.fix, self.log = why, fix, log
+        self.why, self.fix, self.log, self.quotes = why, fix, log, quotes
+
+
+@dataclass
+class _Said:
+    """What stands on stderr by now."""
+
+    line_is_open: bool = False
+    last: float = 0.0  # when anything was said ...
+    last_news: float = 0.0  # ... and when it was more than that something goes on
+
+
+_said = _Said()
+_saying = threading.RLock()
 
 
 def say(text: str, end: str = "\n") -> None:
     # stderr, because env/run builds a missing environment in front of a command whose stdout belongs to the user.
-    print(text, end=end, file=sys.stderr, flush=True)
+    with _saying:
+        print(text, end=end, file=sys.stderr, flush=True)
+        _said.line_is_open = not end
+        _said.last = _said.last_news = time.monotonic()
+
+
+@contextmanager
+def never_silent(seconds: float = SECONDS_OF_SILENCE) -> Iterator[None]:
+    """While the body runs, no more than `seconds` pass without a plain line: how long it takes by now, and what the
+    command at work has said last."""
+    over = threading.Event()
+    _said.last = _said.last_news = time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(min(seconds, 1.0) / 4):
+            with _saying:
+                news, now = _said.last_news, time.monotonic()
+                if now - _said.last >= seconds:
+                    opened = "\n" if _said.line_is_open else ""
+                    say(f"{opened}      {now - news:4.0f} s  {what_goes_on()}".rstrip())
+                    _said.last_news = news
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass
@@ -69,15 +121,20 @@ class Steps:
         try:
             yield
         except BaseException:
-            say(f"failed after {time.monotonic() - start:.0f} s")
+            self._end(f"failed after {time.monotonic() - start:.0f} s")
             raise
-        say("ready" if ready else f"{time.monotonic() - start:.0f} s")
+        self._end("ready" if ready else f"{time.monotonic() - start:.0f} s")
+
+    def _end(self, how: str) -> None:
+        """Behind the title, or on a line of its own if others have come between."""
+        say(how if _said.line_is_open else f"[{self.number}/{self.total}] {how}")
 
     def report(self, error: SetupError) -> None:
         """Which step failed, why, and what to do."""
-        say(f"\nenv/setup stopped in step {self.number}/{self.total} ({self.title}).\n  why:  {error.why}")
+        step = f"in step {self.number}/{self.total} ({self.title})" if self.number else "before its first step"
+        say(f"\nenv/setup stopped {step}.\n  why:  {error.why}")
         if error.log:
-            for line in last_useful_lines(error.log):
+            for line in last_useful_lines(error.log) if error.quotes else []:
                 say(f"        | {line}")
             say(f"  log:  {error.log}")
         say(f"  do:   {error.fix}\n        Then call env/setup again: it goes on from here.")
@@ -98,11 +155,44 @@ def last_useful_lines(log: Path, count: int = 8) -> list[str]:
 
 def diagnose(log: Path) -> tuple[str, str] | None:
     """Why, and what to do, if the log shows one of the well-known causes."""
-    text = last_output(log)
+    return find_cause(last_output(log))
+
+
+def find_cause(text: str) -> tuple[str, str] | None:
     return next(((why, fix) for pattern, why, fix in KNOWN_CAUSES if re.search(pattern, text)), None)
 
 
-_running: set[subprocess.Popen[bytes]] = set()
+def unexpected(error: Exception, folder: Path) -> SetupError:
+    """What to tell of an error that nobody thought of. Its traceback goes into a log in `folder`, or, where nothing can
+    be written, in the folder for temporary files."""
+    text = f"\n$ env/setup, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{''.join(traceback.format_exception(error))}"
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(__file__).parent]
+    where = f" (env/{Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+    cause = f"{type(error).__name__}: {error}{where}"
+    why, fix = find_cause(text) or ("an error that env/setup did not expect", "see the log, which tells more")
+    other = Path(os.environ.get("TMPDIR") or "/tmp") / f"lockstep-setup-{os.getpid()}.log"
+    for log in (folder / "setup.log", other):
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                file.write(text)
+            return SetupError(f"{why}: {cause}", fix, log, quotes=False)
+    return SetupError(f"{why}: {cause}", fix)
+
+
+_running: dict[subprocess.Popen[bytes], Path] = {}
+
+
+def what_goes_on() -> str:
+    """The last line of the command at work that has said something last, cut to the width of a terminal."""
+    with suppress(OSError, ValueError):
+        log = max(list(_running.values()), key=lambda log: log.stat().st_mtime)
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        said = [line.strip() for line in lines if not NOTHING_TO_SAY.search(line)]
+        return said[-1][:100] if said else ""
+    return ""
 
 
 def run_logged(command: Sequence[str | Path], log: Path, env: Mapping[str, str], cwd: Path | None = None) -> None:
@@ -116,11 +206,11 @@ def run_logged(command: Sequence[str | Path], log: Path, env: Mapping[str, str],
             [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=dict(env), cwd=cwd, start_new_session=True,
         )  # fmt: skip
-        _running.add(process)
+        _running[process] = log
         try:
             code = process.wait()
         finally:
-            _running.discard(process)
+            _running.pop(process, None)
     if code != 0:
         why, fix = diagnose(log) or (f"a command ended with exit code {code}", "see the log")
         raise SetupError(why, fix, log)

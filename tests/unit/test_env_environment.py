@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from env import build
+from env import steps as steps_module
 from env.build import run_time_folders
 from env.environment import Environment
 from env.lockfile import BUILT_HERE, ONLY_IF_MISSING, Pin, needed_by_torch_alone, normalise, read_lock
-from env.steps import SetupError, Steps, diagnose, last_useful_lines, run_logged
+from env.steps import SetupError, Steps, diagnose, last_useful_lines, never_silent, run_logged, say
 from env.toolchain import MPI
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,81 @@ def test_the_first_compiler_error_is_shown_not_the_end_of_the_log(tmp_path: Path
     assert last_useful_lines(log)[:2] == ["file.cc:1: error: no member", "second line"]
     log.write_text("\n".join(map(str, range(20))))
     assert last_useful_lines(log, 3) == ["17", "18", "19"]
+
+
+def test_an_error_that_nobody_expected_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its step, its log, which has the traceback, and what to do."""
+    monkeypatch.setenv("LOCKSTEP_VENV", str(tmp_path / "venv"))
+
+    def fail(_environment: Environment, _cache: Path, steps: Steps) -> None:
+        with steps.step("mpi4py"):
+            raise TypeError("got an unexpected keyword argument")
+
+    monkeypatch.setattr(build, "build", fail)
+    assert build.main([]) == 1
+    said = capsys.readouterr().err
+    log = tmp_path / "venv" / "logs" / "setup.log"
+    for part in (
+        "step 1/6 (mpi4py)",
+        "did not expect: TypeError: got an unexpected keyword",
+        f"log:  {log}\n",
+        "do:   ",
+    ):
+        assert part in said
+    assert "Traceback" not in said
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below it", "~nobody-of-this-name/venv"])
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path, place: str) -> None:
+    """The program itself, on errors that the system has for it; the log then goes elsewhere."""
+    (tmp_path / "a file").write_text("")
+    variables = {"LOCKSTEP_VENV": place if place.startswith("~") else f"{tmp_path}/{place}", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "env.build"], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("\nenv/setup stopped before its first step.\n  why:  ")
+    assert "Traceback" not in done.stderr
+    (log,) = re.findall(r"^  log:  (.+)$", done.stderr, flags=re.MULTILINE)
+    assert log.startswith(str(tmp_path)) or place.startswith("~")
+    assert "Traceback" in Path(log).read_text()
+    assert re.search(r"^  do:   \w+", done.stderr, flags=re.MULTILINE)
+    Path(log).unlink()
+
+
+# -- progress
+
+
+def test_a_long_step_says_how_long_and_what_is_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = Steps(total=6)
+    with never_silent(0.4):
+        with steps.step("packages"):
+            run_logged(["sh", "-c", "echo Downloading torch; sleep 1.5; exit 0"], tmp_path / "log", os.environ)
+        with steps.step("short"):
+            pass
+    first, *between, last, short, end = capsys.readouterr().err.split("\n")
+    assert first == "[1/6] packages ... "
+    assert 2 <= len(between) <= 3
+    assert all(re.fullmatch(r" {6} +[01] s  Downloading torch", line) for line in between)
+    assert re.fullmatch(r"\[1/6\] [12] s", last)
+    assert (short, end) == ("[2/6] short ... 0 s", "")
+
+
+def test_whoever_waits_for_another_setup_is_not_left_in_silence(
+    environment: Environment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with environment.lock(), never_silent(0.3):
+        say("waiting for it")
+        threading.Event().wait(1.0)
+    assert re.fullmatch(r"waiting for it\n( {6} +[01] s\n){2,3}", capsys.readouterr().err)
+
+
+def test_fifteen_seconds_is_the_longest_silence() -> None:
+    assert steps_module.SECONDS_OF_SILENCE <= 15
 
 
 def test_env_is_written_in_the_standard_library_alone() -> None:

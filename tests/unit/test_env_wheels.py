@@ -1,5 +1,7 @@
 """Horovod's patches, and the cache of the wheels that env/wheels.py builds."""
 
+import io
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +10,9 @@ import pytest
 from env.environment import Environment
 from env.horovod_patches import Patch, PatchError, patch_horovod, patches_for
 from env.lockfile import Pin
+from env.steps import SetupError
 from env.toolchain import MPI, Compiler, Cuda, Nccl
-from env.wheels import Gpu, Recipe, Toolchain, Torch, horovod_recipe, mpi4py_recipe
+from env.wheels import Gpu, Recipe, Toolchain, Torch, horovod_recipe, mpi4py_recipe, unpack
 
 PIN = Pin("horovod", "0.28.1", "horovod==0.28.1\n", frozenset())
 TORCH = Torch("2.15.0+cu132", "13.2", "d0f2af8")
@@ -236,3 +239,45 @@ def test_another_clone_that_was_quicker_wins(tmp_path: Path) -> None:
 
     recipe = Recipe(PIN, {}, build)
     assert recipe.wheel(tmp_path).name == "theirs.whl"
+
+
+def archive_of(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            member.size = 4 if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(b"text") if member.size else None)
+    return path
+
+
+@pytest.fixture(params=["this Python's", "3.11.0's"])
+def _tarfile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the check that Python itself has since 3.11.4, and without."""
+    if request.param == "3.11.0's":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+
+@pytest.mark.usefixtures("_tarfile")
+def test_a_source_is_unpacked(tmp_path: Path) -> None:
+    unpack(archive_of(tmp_path / "a.tar.gz", ("a", tarfile.DIRTYPE), ("a/setup.py", tarfile.REGTYPE)), tmp_path / "to")
+    assert (tmp_path / "to" / "a" / "setup.py").read_text() == "text"
+
+
+@pytest.mark.usefixtures("_tarfile")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../out", tarfile.REGTYPE),
+        ("a/../../out", tarfile.REGTYPE),
+        ("{tmp_path}/out", tarfile.REGTYPE),
+        ("a/out", tarfile.SYMTYPE),
+        ("a/out", tarfile.LNKTYPE),
+        ("a/out", tarfile.FIFOTYPE),
+    ],
+)
+def test_what_leads_out_of_the_folder_is_not_unpacked(tmp_path: Path, name: str, kind: bytes) -> None:
+    archive = archive_of(tmp_path / "a.tar.gz", ("a", tarfile.DIRTYPE), (name.format(tmp_path=tmp_path), kind))
+    with pytest.raises(SetupError, match="out, which is no file or folder below its own"):
+        unpack(archive, tmp_path / "to")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar.gz"]
