@@ -42,6 +42,10 @@ KNOWN_CAUSES = (
 
 NOTHING_TO_SAY = re.compile(r"^\s*$|^WARNING: Location|^\s+(\[end of output\]|note: )|^hint:")
 
+# Lines of pip and CMake that name what is at work; between them stand compilers' commands and warnings.
+GETTING_ON = re.compile(
+    r"\[ *\d+%\]|(Collecting|Downloading|Using cached|Processing|Building|Installing|Successfully) "
+)
 
 SECONDS_OF_SILENCE = 10.0
 
@@ -188,10 +192,10 @@ def what_goes_on() -> str:
     with suppress(OSError, ValueError):
         log = max(list(_running.values()), key=lambda log: log.stat().st_mtime)
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 4096))
+            file.seek(max(0, log.stat().st_size - 65536))
             lines = file.read().decode(errors="replace").splitlines()
-        said = [line.strip() for line in lines if not NOTHING_TO_SAY.search(line)]
-        return said[-1][:100] if said else ""
+        said = [line.strip()[:100] for line in lines if not NOTHING_TO_SAY.search(line)]
+        return ([line for line in said if GETTING_ON.match(line)] or said or [""])[-1]
     return ""
 
 

@@ -241,7 +241,9 @@ def test_a_long_step_says_how_long_and_what_is_at_work(tmp_path: Path, capsys: p
     steps = Steps(total=6)
     with never_silent(0.4):
         with steps.step("packages"):
-            run_logged(["sh", "-c", "echo Downloading torch; sleep 1.5; exit 0"], tmp_path / "log", os.environ)
+            run_logged(
+                ["sh", "-c", "echo Downloading torch; echo '  ^~~~ '; sleep 1.5; exit 0"], tmp_path / "log", os.environ
+            )
         with steps.step("short"):
             pass
     first, *between, last, short, end = capsys.readouterr().err.split("\n")
