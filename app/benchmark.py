@@ -1,12 +1,12 @@
 """How fast a run is, beside what limits it and beside its peers.
 
-    horovodrun -np 2 python app/benchmark.py throughput      the run as launched, beside the same ranks each for itself
-    horovodrun -np 2 python app/benchmark.py comm            all-reduce by size, a fit, a forecast to 4,096 ranks
-    mpirun -np 4 python app/benchmark.py sharding            is each strategy `replicated`? what it holds and sends
-    mpirun -np 2 python app/benchmark.py pipeline            a pipeline's updates/s beside its ideal, bubble included
-    python app/benchmark.py peers --ranks 2                  PyTorch DDP, Horovod's example, plain PyTorch, in turn
-    python app/benchmark.py peers --suite sharding           ZeRO 1-3 beside PyTorch's ZeroRedundancyOptimizer and FSDP2
-    python app/benchmark.py scaling --ranks 1,2,4            weak and strong; starts the ranks itself
+    env/run horovodrun -np 2 python app/benchmark.py throughput    the run as launched, beside its ranks each for itself
+    env/run horovodrun -np 2 python app/benchmark.py comm          all-reduce by size, a fit, a forecast to 4,096 ranks
+    env/run mpirun -np 4 python app/benchmark.py sharding          is each strategy `replicated`? what it holds, sends
+    env/run mpirun -np 2 python app/benchmark.py pipeline          updates/s beside a pipeline's ideal, with its bubble
+    env/run python app/benchmark.py peers --ranks 2                DDP, Horovod's example, plain PyTorch, in turn
+    env/run python app/benchmark.py peers --suite sharding         ZeRO 1-3 beside PyTorch's ZeRO and FSDP2
+    env/run python app/benchmark.py scaling --ranks 1,2,4          weak and strong; starts the ranks itself
 
 Each prints a table, and writes JSON and a picture to --out. `throughput`, `comm` and `pipeline` take every setting of
 app/train.py beside their own (--help shows them), `sharding` those of the model's size; `scaling` hands on what it does

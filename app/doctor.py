@@ -1,10 +1,10 @@
 """Looks at this machine, or at every node of a job, for what would spoil a training; in 10 seconds at most.
 
-    python app/doctor.py                              this machine, or a login node
-    mpirun -np 4 python app/doctor.py                 every rank and node, as a training would be started
-    srun --mpi=pmix -n 8 python app/doctor.py         the same in Slurm
-    python app/doctor.py --json report.json           for programs, too (--json true: on standard output instead)
-    python app/doctor.py --folder /scratch/me/runs    the folder that runs will be written to (default: runs)
+    env/run python app/doctor.py                            this machine, or a login node
+    env/run mpirun -np 4 python app/doctor.py               every rank and node, as a training would be started
+    srun --mpi=pmix -n 8 env/run python app/doctor.py       the same in Slurm
+    env/run python app/doctor.py --json report.json         for programs, too (--json true: on standard output instead)
+    env/run python app/doctor.py --folder /scratch/me/runs  the folder that runs will be written to (default: runs)
 
 It says what it found, what to do, and the line that starts a training well here. It ends with 0 if nothing is wrong
 (warnings are no fault), else with UNHEALTHY of docs/exit-codes.md. docs/doctor.md lists what it looks at.

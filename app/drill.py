@@ -1,9 +1,9 @@
 """Injects real faults into real jobs, under your own launcher, and tells what came of each. Starts its own ranks.
 
-    python app/drill.py                                              mpirun -np 4, on this machine
-    python app/drill.py --launcher "srun --mpi=pmix -n {ranks}"      within an allocation (salloc, sbatch)
-    python app/drill.py --launcher "horovodrun -np {ranks} -H n1:2,n2:2"
-    python app/drill.py --faults sigstop,exception                   some of them
+    env/run python app/drill.py                                              mpirun -np 4, on this machine
+    env/run python app/drill.py --launcher "srun --mpi=pmix -n {ranks}"      within an allocation (salloc, sbatch)
+    env/run python app/drill.py --launcher "horovodrun -np {ranks} -H n1:2,n2:2"
+    env/run python app/drill.py --faults sigstop,exception                   some of them
 
 For each fault a small training gets it in mid-epoch. The job must say what was wrong within the limit of a stall + 5 s,
 end with the documented exit code and leave no process behind on any node; then the run goes on, and must end with the

@@ -1,9 +1,9 @@
 """Loads the merged model of a run alone and evaluates it: on the held-out samples, or in seeded episodes.
 
-python app/evaluate.py runs/latest                       accuracy, confusion matrix, worst mistakes; or the return
-mpirun -np 4 python app/evaluate.py runs/latest          the same, shared by four ranks
-python app/evaluate.py runs/latest --episodes 20         of an agent that acts: so many episodes
-python app/evaluate.py runs/latest --record play.gif     one of them as moving pictures
+env/run python app/evaluate.py runs/latest                     accuracy, confusion matrix, worst mistakes; or the return
+env/run mpirun -np 4 python app/evaluate.py runs/latest        the same, shared by four ranks
+env/run python app/evaluate.py runs/latest --episodes 20       of an agent that acts: so many episodes
+env/run python app/evaluate.py runs/latest --record play.gif   one of them as moving pictures
 """
 
 import argparse

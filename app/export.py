@@ -1,7 +1,7 @@
 """The merged model for programs that know nothing of Lockstep.
 
-python app/export.py runs/latest                   model.pt2, for torch.export.load, and model.onnx, for ONNX Runtime
-python app/export.py runs/latest --formats onnx    one of them
+env/run python app/export.py runs/latest                 model.pt2, for torch.export.load; model.onnx, for ONNX Runtime
+env/run python app/export.py runs/latest --formats onnx  one of them
 
 Inputs are what the network takes: normalised images, or observations; any number of them. ONNX is in float32. Each
 file holds the run's settings.yaml, too. It is read again, and must give what the model gives. `model.safetensors`,

@@ -1,7 +1,7 @@
 """Merges a checkpoint, however many ranks it was written by and whatever the strategy, into one file. Needs no MPI.
 
-python app/merge.py runs/latest                              the last whole checkpoint -> runs/latest/model.safetensors
-python app/merge.py runs/latest --step 200                   that of update 200 -> runs/latest/model-200.safetensors
+env/run python app/merge.py runs/latest                            the last checkpoint -> runs/latest/model.safetensors
+env/run python app/merge.py runs/latest --step 200                 update 200 -> runs/latest/model-200.safetensors
 
 Tensor by tensor: it needs memory for the largest tensor only. `app/evaluate.py` then scores the run's merged model.
 """

@@ -1,7 +1,7 @@
 """What every rank of a run was at when it was last heard of: for runs that crashed, hang or go on.
 
-python app/postmortem.py runs/latest                  a table, and the verdict if the watchdog gave one
-python app/postmortem.py runs/latest/recorder.before  the same of the attempt before
+env/run python app/postmortem.py runs/latest                  a table, and the verdict if the watchdog gave one
+env/run python app/postmortem.py runs/latest/recorder.before  the same of the attempt before
 """
 
 import argparse

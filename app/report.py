@@ -1,7 +1,7 @@
 """One page of one or several runs, to look at, to send and to keep. It needs no server, no network and no MPI.
 
-python app/report.py runs/latest                       runs/latest/report.html
-python app/report.py runs/a runs/b --out report.html   two runs side by side
+env/run python app/report.py runs/latest                       runs/latest/report.html
+env/run python app/report.py runs/a runs/b --out report.html   two runs side by side
 """
 
 import argparse
@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 from app import __version__
 from app.cluster.affinity import format_cpus
 from app.cluster.failure import StorageError, run_alone
+from app.cluster.hints import suggest
 from app.reporting.drawing import draw_confusion, draw_curves, draw_returns, draw_time
 from app.reporting.records import Record, efficiencies, read_record
 from app.settings import SETTINGS_FILE
@@ -41,7 +42,7 @@ def main() -> None:
 def render(records: Sequence[Record]) -> str:
     """The page, which holds everything within itself."""
     environment = Environment(loader=PackageLoader("app", "reporting"), autoescape=True, trim_blocks=True)
-    environment.globals |= {"number": _number, "ranges": format_cpus}
+    environment.globals |= {"number": _number, "ranges": format_cpus, "suggest": suggest}
     return environment.get_template("page.html").render(
         title=", ".join(record.name for record in records),
         version=__version__,

@@ -6,6 +6,7 @@ They come, the later ones winning, from the defaults in config.py, the environme
 
 import glob
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -21,12 +22,14 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
 )
 
 from app.cluster.failure import SettingsError
+from app.cluster.hints import in_environment
 from app.config import Settings
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "LOCKSTEP"
 OTHER_VARIABLES = {  # of env/ and slurm/
-    f"LOCKSTEP_{name}" for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PYTHON", "SITE_TORCH", "VENV")
+    f"LOCKSTEP_{name}"
+    for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PREFIX", "PYTHON", "SITE_TORCH", "VENV")
 }
 COMMANDS = {"config", "help", "print_config"}  # on the command line only
 DEFAULT_RUN = Path("runs/latest")
@@ -74,7 +77,7 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         return _settings_of(parser.instantiate(parsed)), parsed.resume
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
-        raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} --help") from error
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help(sys.argv[0])}") from error
 
 
 def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
@@ -92,7 +95,7 @@ def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]
         return _settings_of(parsed), options(**{name: parsed[name] for name in options.__annotations__})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
-        raise SettingsError(f"{error}{hint}\nAll settings: python {sys.argv[0]} {sys.argv[1]} --help") from error
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help(*sys.argv[:2])}") from error
 
 
 def load_settings(path: Path) -> Settings:
@@ -150,6 +153,10 @@ def _refuse_unknown_environment(parser: ArgumentParser) -> None:
     for variable in sorted(os.environ):
         if variable.startswith(f"{ENVIRONMENT_PREFIX}_") and variable not in known | OTHER_VARIABLES:
             raise ValueError(f"unknown setting in the environment: {variable}")
+
+
+def _help(*program: str) -> str:
+    return in_environment(shlex.join(["python", *program, "--help"]))
 
 
 def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Every setting on one page, made from where they are defined: `python app/settings_page.py > docs/settings.md`."""
+"""Every setting on one page, from where they are defined: `env/run python app/settings_page.py > docs/settings.md`."""
 
 import ast
 import inspect
@@ -10,8 +10,8 @@ from app.config import Settings
 
 HEAD = """# Every setting
 
-Made by `python app/settings_page.py > docs/settings.md`; a test holds it against the code. What is empty by default is
-worked out, or is off.
+Made by `env/run python app/settings_page.py > docs/settings.md`; a test holds it against the code. What is empty by
+default is worked out, or is off.
 
 They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
 `LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config seed`) and the command line. A

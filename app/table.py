@@ -1,7 +1,7 @@
 """One table of many runs: how each did, and the settings in which they differ. Needs no MPI.
 
-python app/table.py runs/sweep-17                    all runs of a sweep; also into its table.txt and table.json
-python app/table.py runs/train-12 runs/train-13      these two
+env/run python app/table.py runs/sweep-17                    all runs of a sweep; also into its table.txt and table.json
+env/run python app/table.py runs/train-12 runs/train-13      these two
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Trains synchronously over every rank of the job, then merges the model on rank 0.
 
-    python app/train.py                                   one rank
-    horovodrun -np 4 python app/train.py                  four ranks on this machine
-    mpirun -np 4 python app/train.py --config seed        the seed's run to the letter
-    mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
-    python app/train.py --help                            every setting
+    env/run python app/train.py                                   one rank
+    env/run horovodrun -np 4 python app/train.py                  four ranks on this machine
+    env/run mpirun -np 4 python app/train.py --config seed        the seed's run to the letter
+    env/run mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
+    env/run python app/train.py --help                            every setting
 
-    horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
-                                                          goes on without workers that are lost, with those it finds
+    env/run horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
+        goes on without workers that are lost, with those that it finds
 
-Put `env/run` before any of them, or source env/activate once.
+`source env/activate` once saves writing env/run.
 """
 
 import contextlib

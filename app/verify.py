@@ -1,6 +1,6 @@
 """Checks offline what a run has left behind: every byte of its checkpoints, and its ledger. Needs no MPI.
 
-python app/verify.py runs/latest
+env/run python app/verify.py runs/latest
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Certifies that a run which is killed and goes on is the run that never stopped. Starts its own ranks.
 
-    python app/verify_resume.py                                two ranks, one kill
-    python app/verify_resume.py --ranks 2,3,1                  another number of ranks after each kill
-    python app/verify_resume.py --ranks 3,3 -- --optimizer.name adam
+    env/run python app/verify_resume.py                                two ranks, one kill
+    env/run python app/verify_resume.py --ranks 2,3,1                  another number of ranks after each kill
+    env/run python app/verify_resume.py --ranks 3,3 -- --optimizer.name adam
 
 Everything after -- is a setting of app/train.py. The reference runs without a stop on the first number of ranks. The
 other run has every rank killed with SIGKILL in mid-epoch once for each further number, and goes on from its last

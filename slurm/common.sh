@@ -13,6 +13,9 @@ give_up() {
 [[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is no Slurm job: sbatch slurm/${0##*/}"
 root=$(CDPATH='' cd -- "$root" && pwd)
 source "$root/env/activate" || exit 2
+# Whoever reads the log and pastes a command from it has no environment in their shell.
+export LOCKSTEP_PREFIX=$root/env/run
+[[ ! $root -ef . ]] || LOCKSTEP_PREFIX=env/run
 
 # This job alone. The last task of an array has the array's own SLURM_JOB_ID, which means all of its tasks to scontrol.
 job=$SLURM_JOB_ID

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.cluster.failure import SettingsError
+from app.cluster.hints import in_environment
 
 GLOO = "horovodrun over Gloo"
 MPIRUN = "mpirun of Open MPI"
@@ -151,13 +152,13 @@ def describe_loss(launcher: Launcher, mpi_size: int, mpi_version: str) -> str:
 
 def how_to_start(launcher: Launcher, mpi_version: str, mpirun: str, command: str) -> str:
     """The way to start as many ranks of `command` that MPI understands."""
-    ours = f"{mpirun} -np {launcher.size} {command}"
+    ours = in_environment(f"{mpirun} -np {launcher.size} {command}")
     pmi = pmi_of(mpi_version)
     if launcher.name != SRUN:
         return f"Start it with the mpirun of this MPI: {ours}"
     if launcher.pmi == pmi:
         return f"Start it with mpirun, in an allocation (salloc, sbatch): {ours}"
-    srun = f"srun --mpi={pmi} --ntasks={launcher.size} {command}"
+    srun = f"srun --mpi={pmi} --ntasks={launcher.size} {in_environment(command)}"
     return f"Start it with: {srun}   or, if this Slurm has no {pmi}, in an allocation (salloc, sbatch): {ours}"
 
 

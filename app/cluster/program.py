@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from app.cluster.comm import Cluster
 from app.cluster.failure import ExitCode, LockstepError
+from app.cluster.hints import suggest
 from app.cluster.launcher import detect_launcher, is_speaker, ranks_are_lost
 from app.cluster.mpi_library import abort_job, rank_in_job, size_of_job
 
@@ -52,7 +53,8 @@ def _deadline_to_meet() -> Iterator[None]:
     """The ranks must come together in time; after that the run's own watchdog sees to it that they get on."""
 
     def give_up() -> None:
-        why = f"the ranks have not all come together within {SECONDS_TO_MEET:.0f} s; python app/doctor.py tells why"
+        doctor = suggest("app/doctor.py")
+        why = f"the ranks have not all come together within {SECONDS_TO_MEET:.0f} s; {doctor} tells why"
         try:
             _abort(f"{platform.node()}: {why}", ExitCode.STALLED)
         finally:

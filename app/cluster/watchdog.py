@@ -21,6 +21,7 @@ import psutil
 
 from app.cluster.affinity import format_cpus as format_ranks
 from app.cluster.failure import ExitCode
+from app.cluster.hints import suggest
 from app.cluster.recorder import Heartbeat, Recorder, read_heartbeats, record_path
 
 VERDICT = "verdict.txt"
@@ -120,8 +121,9 @@ class Watchdog:
         os._exit(ExitCode.STALLED)
 
     def _tell(self, text: str) -> None:
-        where = f"Python stacks: {self._folder}/rank*.stacks; what each rank was at: python app/postmortem.py"
-        print(f"lockstep: {text}\n{where} {self._folder.parent}", file=sys.stderr, flush=True)
+        postmortem = suggest("app/postmortem.py", self._folder.parent)
+        where = f"Python stacks: {self._folder}/rank*.stacks; what each rank was at: {postmortem}"
+        print(f"lockstep: {text}\n{where}", file=sys.stderr, flush=True)
 
     def _claim(self) -> bool:
         """This rank is the one that speaks."""

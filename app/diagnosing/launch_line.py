@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Sequence
 
 from app.cluster.affinity import num_cores
+from app.cluster.hints import in_environment, program
 from app.cluster.launcher import pmi_of
 from app.diagnosing.facts import Facts, Slurm, Unknown
 from app.diagnosing.findings import Finding
 from app.diagnosing.node_checks import UNBOUND, visible_gpus
-from app.diagnosing.software_checks import TRAIN
 
 
 def launch_line(facts: Facts, findings: Sequence[Finding]) -> str:
@@ -27,7 +27,10 @@ def launch_line(facts: Facts, findings: Sequence[Finding]) -> str:
         line = _in_slurm(facts, ranks_of_nodes, unbound)
     else:
         line = _by_mpirun(facts, ranks_of_nodes, unbound)
-    return f"{clean}{line} {TRAIN}"
+    train = program("app/train.py")
+    if line.startswith("srun") or len(ranks_of_nodes) > 1:  # each rank finds the environment of its own node
+        train = in_environment(train)
+    return clean + (f"{line} {train}" if line.startswith("srun") else in_environment(f"{line} {train}"))
 
 
 def _num_ranks(facts: Facts, node: str) -> int:

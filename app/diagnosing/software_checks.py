@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.cluster.hints import program
 from app.cluster.installation import Installation
 from app.cluster.launcher import NONE, describe_loss, how_to_start, ranks_are_lost, remark_on
 from app.diagnosing.facts import Facts, Joined, Libraries, LocalFacts, Unknown
@@ -10,7 +11,6 @@ from app.diagnosing.findings import Finding, fault, ok, warning
 from app.diagnosing.gathering import NO_ANSWER
 from app.diagnosing.words import count, nccl_version, numbers_in, some_of
 
-TRAIN = "python app/train.py"
 # What makes a run slow or its sums vary, if it has this value (None: any).
 SPOILERS = {
     "LD_PRELOAD": (None, "a library is loaded in front of all others"),
@@ -32,7 +32,7 @@ def check_launcher_says_what_mpi_says(facts: Facts) -> list[Finding]:
         what = f"{launcher}: MPI has no part in it, so that ranks are not compared with each other"
         return [warning("launcher", what, f"start the doctor with {facts.local.installation.mpirun}")]
     if ranks_are_lost(launcher, joined.size):
-        fix = how_to_start(launcher, joined.version, facts.local.installation.mpirun, TRAIN)
+        fix = how_to_start(launcher, joined.version, facts.local.installation.mpirun, program("app/train.py"))
         return [fault("launcher", describe_loss(launcher, joined.size, joined.version), fix)]
     if remark := remark_on(launcher, joined.size):
         return [warning("launcher", remark.removeprefix("warning: "), "as below")]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.cluster.hints import suggest
 from app.cluster.recorder import stragglers
 from app.tasks.task import Evaluation
 from app.training.position import Progress
@@ -83,5 +84,5 @@ def summary_lines(folder: RunFolder, summary: Mapping[str, Any], samples: str) -
     if (lost := summary["share_lost_waiting_for_it"]) >= TOLD_IF_LOST:
         rows["Slowest"] = f"rank {summary['slowest_rank']}: {lost:.0%} of all ranks' time went into waiting for it"
     rows["Model"] = f"{folder.path / MODEL}, {summary['num_parameters']:,} parameters"
-    rows["Report"] = f"python app/report.py {folder.path}"
+    rows["Report"] = suggest("app/report.py", folder.path)
     return [f"{name:<9}{value}" for name, value in rows.items()]

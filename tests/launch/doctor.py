@@ -39,7 +39,12 @@ def faults_of(finished: Finished) -> dict[str, str]:
 
 def launch_line_of(finished: Finished) -> str:
     (line,) = re.findall(r"^Launch line: (.*)$", finished.stdout, re.MULTILINE)
-    return str(line)
+    return without_folder(line)
+
+
+def without_folder(line: str) -> str:
+    """A launch line, as if it were typed in the clone."""
+    return re.sub(r"python ('[^']*/|\S*/)?app/train\.py'?", "python app/train.py", line)
 
 
 def in_a_machine_with(planted: str) -> str:

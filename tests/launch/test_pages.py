@@ -4,8 +4,11 @@ Lines are run as they stand, with settings behind them that make them short; tho
 site's own, are named below. A line that stands on several pages is run once.
 """
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,8 @@ OF_A_SITE = re.compile(
 
 SMALL = "--data.name synthetic --data.num_samples 480 --data.batch_size 16 --num_epochs 1"  # 30 updates
 FEW_ROUNDS = "--rounds 1 --updates 3"
+# A new shell's: that of pytest has the environment on its PATH, and would hide a command that lacks env/run.
+FRESH = {"PATH": os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != Path(sys.prefix, "bin"))}
 FEW_SAMPLES = "--data.name synthetic --data.num_samples 64 --data.batch_size_per_rank 4"
 
 
@@ -119,13 +124,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("app", "benchmarks", "env", "slurm", ".venv"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     return folder
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if not all(map(_is_for_slurm, b.commands))], ids=str)
 def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
     lines = [_shortened(line) for line in block.commands if not _is_for_slurm(line)]
-    finished = launch("set -e\n" + "\n".join(lines), timeout_seconds=400, cwd=clone)
+    finished = launch("set -e\n" + "\n".join(lines), timeout_seconds=400, cwd=clone, environment=FRESH)
     assert finished.returncode == 0, f"{lines}:\n{finished.output}"
     if any("timeout" in line for line in lines):  # whose exit code says nothing of the run's
         (update,) = re.findall(r"stopped by SIGUSR1 after update (\d+) of \d+, which is saved", finished.output)
@@ -147,6 +153,23 @@ def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, c
     finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
     fine = (0, 8) if "doctor.py" in command else (0,)  # nodes that share two cores may well be found unhealthy
     assert finished.returncode in fine, finished.output
+
+
+def _commands_of(page: Path) -> Iterator[str]:
+    """Everything on a page that looks like a command of ours: in blocks, within a paragraph, in a program's output."""
+    for line in page.read_text().replace("\\\n", " ").splitlines():
+        spans = re.findall(r"`([^`]+)`", line) if "`" in line.replace("```", "") else [line]
+        yield from (
+            span for span in spans if re.search(r"\bpython app/\w+\.py|(?:mpirun|horovodrun) .*\bpython\b", span)
+        )
+
+
+@pytest.mark.parametrize("page", [*PAGES[1:], ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_no_command_needs_a_shell_that_has_sourced_something(page: Path) -> None:
+    """Each brings its env/run, before the launcher; srun starts it on each rank, two_nodes.py in its nodes."""
+    for command in _commands_of(page):
+        assert re.search(r"env/run .*python|env/run (mpirun|horovodrun)", command), f"{page.name}: {command}"
+        assert not re.search(r"^(mpirun|horovodrun) ", command.strip()), f"{page.name}: {command}"
 
 
 def test_every_command_has_its_test() -> None:

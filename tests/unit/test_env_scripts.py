@@ -81,6 +81,15 @@ def test_a_ready_environment_is_not_set_up_again_from_anywhere(clone: Environmen
     assert (nested.returncode, nested.stdout.strip(), nested.stderr) == (0, str(clone.venv), "")
 
 
+def test_the_prefix_is_told_as_it_was_typed_and_taken_back_by_activate(clone: Environment, tmp_path: Path) -> None:
+    for cwd in (clone.root, tmp_path):
+        typed = os.path.relpath(clone.root / "env" / "run", cwd)
+        assert run(typed, "printenv", "LOCKSTEP_PREFIX", cwd=cwd).stdout == f"{typed}\n"
+    activated = run(clone.root / "env" / "run", "bash", "-c", "source env/activate; env", cwd=clone.root)
+    assert "VIRTUAL_ENV" in activated.stdout
+    assert "LOCKSTEP_PREFIX" not in activated.stdout
+
+
 @pytest.mark.parametrize("damage", ["no python", "no package", "incomplete", "new recipe", "new lock"])
 def test_what_is_missing_or_out_of_date_calls_setup(clone: Environment, damage: str) -> None:
     if damage == "no python":
