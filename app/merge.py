@@ -44,10 +44,11 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
         StorageError: the checkpoint lacks a part, or the file cannot be written.
     """
     names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
+    tied = checkpoint.counters.get("tied_weights", {})  # whose average has the first of their names
     like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
     with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
         for name, tensor in like.items():
-            average = f"{AVERAGE_PREFIX}{name}"  # where the run keeps one, it is its model
+            average = f"{AVERAGE_PREFIX}{tied.get(name, name)}"  # where the run keeps one, it is its model
             parts = checkpoint.parts(average if average in checkpoint.shapes else f"{PREFIX}{name}")
             try:
                 merged = merge_shards({name: parts}, like={name: tensor})

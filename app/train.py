@@ -146,7 +146,9 @@ def _finish(
 
     assert merged
     peaks, seconds = [peak for peak, _ in ranks], [seconds for _, seconds in ranks]
-    summary = write_summary(folder, merged, evaluation, trainer.progress, seconds, peaks)
+    summary = write_summary(
+        folder, merged, trainer.strategy.num_parameters, evaluation, trainer.progress, seconds, peaks
+    )
     print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")
     with storage_errors():
         plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)

@@ -1,24 +1,25 @@
-"""The ranks of one job and their collectives over tensors, by Horovod: NCCL rings on GPUs, MPI or Gloo on CPUs.
+"""The ranks of one job: how it begins, is divided and ends.
 
-Beside this file only horovod_library.py, gloo.py and elastic.py import Horovod.
+Beside this file only collectives.py, horovod_library.py, gloo.py and elastic.py import Horovod.
 """
 
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from app.cluster.mpi import MPI, Ranks, mpi_version  # isort: skip  before Horovod
+from app.cluster.mpi import MPI, mpi_version  # isort: skip  before Horovod
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from app.cluster.affinity import allowed_cpus, pin_all_threads
+from app.cluster.collectives import Collectives
 from app.cluster.devices import bind_to_cores, check_gpus, choose_device, gpu_name
 from app.cluster.failure import ExitCode, SettingsError
 from app.cluster.gloo import GlooCommunicator
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Cluster(Ranks):
+class Cluster(Collectives):
     """This rank's place among all ranks of the job, and the collectives over them.
 
     Attributes:
@@ -187,103 +188,19 @@ class Cluster(Ranks):
         if self.is_root and "HOROVOD_TIMELINE" in os.environ:
             hvd.stop_timeline()
 
+    def gather_parts(self, part: Tensor) -> list[Tensor]:
+        if isinstance(self._mpi, GlooCommunicator):
+            return self._mpi.gather_parts(part.detach().cpu())
+        return super().gather_parts(part)
+
+    def most_elements(self, dtype: torch.dtype) -> int:
+        most = super().most_elements(dtype)
+        return max(1, most // dtype.itemsize) if isinstance(self._mpi, GlooCommunicator) else most  # it counts bytes
+
     def gather_from_thread(self, value: T, seconds_a_look: float = 0.005) -> list[T]:
         if isinstance(self._mpi, GlooCommunicator):
             return self._mpi.gather_from_thread(value)
         return super().gather_from_thread(value, seconds_a_look)
-
-    # -- tensors ---------------------------------------------------------------------------------------------------
-
-    def sum_(self, tensor: Tensor, name: str) -> Tensor:
-        """Collective: `tensor` summed over all ranks, in place. `name` must be the same on every rank."""
-        if self.size > 1:
-            with self.recorder.waiting(f"{name} all-reduce"):
-                hvd.allreduce_(tensor, op=hvd.Sum, name=name, process_set=self._set)
-        return tensor
-
-    def begin_sum_(self, tensor: Tensor, name: str) -> Callable[[], None]:
-        """Collective: as `sum_`, but goes on at once; the sum is there when the returned function has been called."""
-        if self.size == 1:
-            return lambda: None
-        handle = hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._set)
-        return self._until_done(handle, f"{name} all-reduce")
-
-    def adasum_(self, tensors: Sequence[Tensor], name: str) -> None:
-        """Collective: combine each tensor over the ranks, in place, by Adasum (Maleki et al. 2020, section 3).
-
-        The number of ranks must be a power of two.
-        """
-        if self.size > 1:
-            with self.recorder.waiting(f"{name} Adasum"):
-                hvd.grouped_allreduce_(tensors, op=hvd.Adasum, name=name, process_set=self._set)
-
-    def all_to_all(self, tensor: Tensor, name: str) -> Tensor:
-        """Collective: part r of `tensor` (size * n,) goes to rank r; returns what came, in the order of the ranks."""
-        if self.size == 1:
-            return tensor
-        with self.recorder.waiting(f"{name} all-to-all"):
-            received: Tensor = hvd.alltoall(tensor, name=name, process_set=self._set)
-        return received
-
-    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
-        """Collective: every rank's `tensor` (n,), one after the other in the order of the ranks, (size * n,)."""
-        if self.size == 1:
-            return tensor
-        with self.recorder.waiting(f"{name} all-gather"):
-            gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self._set)
-        return gathered
-
-    def begin_all_gather_(self, whole: Tensor, part: Tensor, name: str) -> Callable[[], None]:
-        """Collective: `whole` (size * n,) becomes every rank's `part` (n,), once the returned function has been called.
-
-        `part` must not lie in `whole`.
-        """
-        if self.size == 1:
-            whole.copy_(part)
-            return lambda: None
-        # Not hvd.allgather_async, which makes a new tensor for the result.
-        handle = hvd.mpi_ops._allgather_async(part, whole, name, self._set)
-        return self._until_done(handle, f"{name} all-gather")
-
-    def begin_reduce_scatter(self, tensor: Tensor, scratch: Tensor, name: str) -> Callable[[], Tensor]:
-        """Collective: `tensor` (size * n,) is to be summed over all ranks; the returned function gives what adds up to
-        this rank's part of the sum, (k, n), in the order of the ranks. Until then `tensor` must stay as it is.
-
-        Args:
-            scratch: as large as `tensor`; what is returned may lie in it.
-        """
-        if self.size == 1:
-            return lambda: tensor.view(1, -1)
-        if tensor.device.type == "cuda":
-            handle = hvd.reducescatter_async(tensor, op=hvd.Sum, name=name, process_set=self._set)
-            arrives = self._until_done(handle, f"{name} reduce-scatter")
-            return lambda: arrives().view(1, -1)
-        # As many bytes in one step. Open MPI's own takes 1.5 to 2 times as long, and 2.5 times the tensor's memory.
-        # Not hvd.alltoall_async, which makes a new tensor for the result, in its own thread's memory.
-        splits, received_splits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
-        handle = hvd.mpi_ops._alltoall_async(tensor, splits, scratch, received_splits, name, self._set)
-        arrives = self._until_done(handle, f"{name} reduce-scatter")
-        return lambda: arrives()[0].view(self.size, -1)
-
-    def broadcast_parameters(self, tensors: Mapping[str, Tensor], root: int = 0) -> None:
-        """Collective over the whole job, not over a group of it: rank `root`'s `tensors` overwrite the other ranks'."""
-        if self.size == 1:
-            return
-        sent = {name: tensor.contiguous() for name, tensor in tensors.items()}  # Horovod refuses channels-last ones
-        with self.recorder.waiting("broadcast of parameters"):
-            hvd.broadcast_parameters(sent, root_rank=root)
-        for name, tensor in tensors.items():
-            if sent[name] is not tensor:
-                tensor.copy_(sent[name])
-
-    def _until_done(self, handle: Any, collective: str) -> Callable[[], Any]:
-        """What waits for one of Horovod's handles, on the record."""
-
-        def wait() -> Any:
-            with self.recorder.waiting(collective):
-                return hvd.synchronize(handle)
-
-        return wait
 
 
 def _check_timeline() -> None:

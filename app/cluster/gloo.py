@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from app.cluster import mpi  # isort: skip  before Horovod
 import horovod.torch as hvd
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
-
-Bytes = npt.NDArray[np.uint8]
 
 NUM_VOTES = 4  # names in turn for votes that are out at the same time
 
@@ -61,11 +59,18 @@ class GlooCommunicator:
         gathered = self.allgather(value)
         return gathered if self.rank == 0 else None
 
-    def Gatherv(self, mine: Bytes, received: tuple[Bytes, list[int]] | None) -> None:
-        """Every rank gets all parts: Horovod has no call that gives them to one alone."""
-        gathered = hvd.allgather(torch.from_numpy(mine), name="parts.gathering")
-        if received:
-            received[0][:] = gathered.numpy()
+    def gather_parts(self, mine: Tensor) -> list[Tensor]:
+        """As that of `Ranks`; but every rank gets all parts: Horovod has no call that gives them to one alone."""
+        lengths = self.allgather(len(mine))
+        parts = [torch.empty(length if self.rank == 0 else 0, dtype=mine.dtype) for length in lengths]
+        most = max(1, mpi.MOST_AT_ONCE // (self.size * mine.element_size()))  # elements of each rank's
+        for start in range(0, max(lengths), most):
+            gathered = hvd.allgather(mine[start : start + most].view(torch.uint8), name="parts.gathering")
+            if self.rank == 0:
+                pieces = [part[start : start + most] for part in parts]
+                for piece, came in zip(pieces, gathered.view(mine.dtype).split([*map(len, pieces)]), strict=True):
+                    piece.copy_(came)
+        return parts if self.rank == 0 else []
 
     def Iallreduce(self, mine: "array[int]", largest: "array[int]", _: object) -> "Vote":
         """The maximum alone."""

@@ -1,4 +1,4 @@
-"""What Horovod was built with, and how it is started. Its collectives are in comm.py."""
+"""What Horovod was built with, and how it is started. Its collectives are in collectives.py."""
 
 import os
 from collections.abc import Sequence

@@ -26,6 +26,11 @@ from app.cluster.recorder import Recorder
 T = TypeVar("T")
 
 THREADS_TAG = 1  # of messages between the ranks' background threads
+PARTS_TAG = 5
+
+MOST_AT_ONCE = 2**30
+"""Bytes of a message, and elements of a collective over tensors: MPI and Horovod count both in 32 bits, so that what is
+larger goes in pieces."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,21 @@ class Ranks:
 
     def gather_parts(self, part: Tensor) -> list[Tensor]:
         """Collective: every rank's flat `part` (lengths may differ) on rank 0, in the order of the ranks; else none."""
-        mine = _bytes_of(part.detach().cpu())
+        mine = part.detach().cpu()
         with self.recorder.waiting("gathering of parts"):
-            num_bytes = self._mpi.gather(mine.size)
-            if num_bytes is None:
-                self._mpi.Gatherv(mine, None)
+            lengths = self._mpi.gather(len(mine))
+            if lengths is None:
+                MPI.Request.Waitall([self._mpi.Isend(piece, 0, PARTS_TAG) for piece in _pieces_of(mine)])
                 return []
-            gathered = torch.empty(sum(num_bytes), dtype=torch.uint8)
-            self._mpi.Gatherv(mine, (gathered.numpy(), num_bytes))
-        return [chunk.view(part.dtype) for chunk in gathered.split(num_bytes)]
+            parts = [mine, *(torch.empty(length, dtype=mine.dtype) for length in lengths[1:])]
+            MPI.Request.Waitall(
+                [
+                    self._mpi.Irecv(piece, rank, PARTS_TAG)
+                    for rank, of_rank in enumerate(parts[1:], start=1)
+                    for piece in _pieces_of(of_rank)
+                ]
+            )
+        return parts
 
     # -- from one rank to another ----------------------------------------------------------------------------------
 
@@ -124,9 +135,8 @@ class Ranks:
         if tensor.device.type == "cuda":
             tensor = tensor if mpi_reads_gpu_memory() else tensor.cpu()
             torch.cuda.current_stream().synchronize()  # MPI knows nothing of what is still being computed
-        return Message(
-            self._mpi.Isend(_bytes_of(tensor), to, tag), tensor, tensor, f"message to rank {to}", self.recorder
-        )
+        requests = [self._mpi.Isend(piece, to, tag) for piece in _pieces_of(tensor)]
+        return Message(requests, tensor, tensor, f"message to rank {to}", self.recorder)
 
     def begin_receive(self, tensor: Tensor, source: int, tag: int) -> "Message":
         """Post `tensor`, which is contiguous, for the next message with `tag` from rank `source`."""
@@ -136,8 +146,8 @@ class Ranks:
                 torch.cuda.current_stream().synchronize()  # its memory may be what queued work still uses
             else:
                 staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        request = self._mpi.Irecv(_bytes_of(staged), source, tag)
-        return Message(request, tensor, staged, f"message from rank {source}", self.recorder)
+        requests = [self._mpi.Irecv(piece, source, tag) for piece in _pieces_of(staged)]
+        return Message(requests, tensor, staged, f"message from rank {source}", self.recorder)
 
     def begin_send_object(self, value: object, to: int, tag: int) -> Callable[[], object]:
         """Send a small `value`; the returned function waits until it has left."""
@@ -175,7 +185,7 @@ class Ranks:
 class Message:
     """A tensor on its way from one rank to another."""
 
-    _request: MPI.Request
+    _requests: list[MPI.Request]
     _tensor: Tensor
     _staged: Tensor
     _name: str
@@ -184,12 +194,12 @@ class Message:
     @property
     def is_done(self) -> bool:
         """It has left, or come. Does not wait."""
-        return bool(self._request.Test())
+        return bool(MPI.Request.Testall(self._requests))
 
     def wait(self) -> Tensor:
         """Until it has left, or come; then the tensor."""
         with self._recorder.waiting(self._name):
-            self._request.Wait()
+            MPI.Request.Waitall(self._requests)
         return self._tensor if self._staged is self._tensor else self._tensor.copy_(self._staged)
 
 
@@ -200,10 +210,10 @@ def mpi_reads_gpu_memory() -> bool:
     return bool(query and query())
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """The content of `tensor` as bytes that MPI can send or fill."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy() if flat.device.type == "cpu" else flat  # mpi4py knows a GPU's tensors
+def _pieces_of(tensor: Tensor) -> list[Any]:
+    """The content of `tensor` as bytes that MPI can send or fill, in one piece or more."""
+    pieces = tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(MOST_AT_ONCE)
+    return [piece.numpy() if piece.device.type == "cpu" else piece for piece in pieces]  # mpi4py knows a GPU's tensors
 
 
 def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:

@@ -157,6 +157,10 @@ def sum_over_wire_(cluster: Cluster, tensor: Tensor, wire: torch.dtype, name: st
     """
     if cluster.size == 1:
         return
+    if len(tensor) > (most := max(1, cluster.most_elements(wire) - cluster.size)):  # room to pad
+        for index, piece in enumerate(tensor.split(most)):
+            sum_over_wire_(cluster, piece, wire, f"{name}.{index}")
+        return
     padded = torch.zeros(-(-len(tensor) // cluster.size) * cluster.size, dtype=wire, device=tensor.device)
     padded[: len(tensor)] = tensor
     # Horovod has no bfloat16: it moves the bits as integers.

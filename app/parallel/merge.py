@@ -98,6 +98,13 @@ def layout_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in state_tensors(model).items()}
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Each name of each parameter -> the first of that parameter's names: tied weights have several."""
+    known: dict[Tensor, str] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: known.setdefault(parameter, name) for name, parameter in parameters}
+
+
 def state_tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters and persistent buffers by name, detached, in the order of the model."""
     return model.state_dict() if isinstance(model, nn.Module) else model

@@ -59,7 +59,7 @@ class PartedModel:
         flats: the parameters of all blocks.
         shares: what this rank's parts of them hold of each parameter, by its name.
         names: of the parameters; one that has several (tied weights) goes by its first.
-        aliases: its other names.
+        first_names: each name of each parameter -> the one that it goes by.
     """
 
     def __init__(self, blocks: Blocks, cluster: Cluster, stage: int) -> None:
@@ -78,7 +78,7 @@ class PartedModel:
         self.like: dict[str, Tensor] = {}
         self.flats: list[FlatParameters] = []
         self.names: dict[Tensor, str] = {}
-        self.aliases: dict[str, str] = {}
+        self.first_names: dict[str, str] = {}
         for name, block in blocks:
             cluster.broadcast_parameters(state_tensors(block))
             self.like |= {f"{name}.{inner}": tensor for inner, tensor in layout_of(block).items()}
@@ -94,13 +94,11 @@ class PartedModel:
         borrowed: dict[int, Unit] = {}
         for inner, parameter in block.named_parameters(remove_duplicate=False):
             full_name = f"{name}.{inner}"
-            if parameter in self.names:
-                self.aliases[full_name] = self.names[parameter]
-                if (owner := self._unit_of.get(parameter)) is not None:
-                    borrowed[id(owner)] = owner
-            else:
-                self.names[parameter] = full_name
+            self.first_names[full_name] = self.names.setdefault(parameter, full_name)
+            if self.first_names[full_name] == full_name:
                 mine.setdefault((parameter.dtype, parameter.requires_grad), {})[full_name] = parameter
+            elif (owner := self._unit_of.get(parameter)) is not None:
+                borrowed[id(owner)] = owner
         flats = [
             FlatParameters(f"{name}.{index}", parameters, cluster, self._stage, self._slots, turn=len(self._units))
             for index, parameters in enumerate(mine.values())

@@ -23,7 +23,7 @@ from app.data.batch import Batch
 from app.parallel.layout import Layout
 from app.parallel.merge import layout_of, state_tensors
 from app.parallel.schedule import Action, schedule_of
-from app.parallel.stages import BlockCost, check_cuts, cut_blocks, measure_blocks, wait_for_device
+from app.parallel.stages import BlockCost, changeable, check_cuts, cut_blocks, measure_blocks, wait_for_device
 from app.parallel.strategy import Blocks, BuildOptimizer, Objective
 from app.parallel.whole import WholeParameters
 from app.training.seeding import seed_update, update_seed
@@ -66,15 +66,16 @@ class Pipeline(WholeParameters):
         self._first, stop = [*self.firsts, len(self.costs)][layout.stage : layout.stage + 2]
         stage = nn.Sequential()
         like: dict[str, Tensor] = {}
-        stage_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        first_names: dict[str, str] = {}
+        places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for index, (name, block) in enumerate(make_blocks()):
             cluster.broadcast_parameters(state_tensors(block))
             like |= {f"{name}.{inner}": tensor for inner, tensor in layout_of(block).items()}
-            _refuse_tied(block, name, sum(first <= index for first in self.firsts), stage_of)
+            first_names |= _first_names(block, name, sum(first <= index for first in self.firsts), places)
             if self._first <= index < stop:
                 stage.add_module(name, block)
         replicas = cluster.split(layout.same_stage())
-        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), like, replicas)
+        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), like, first_names, replicas)
         self._posted: deque[Message] = deque()
         self._sent: list[Message] = []
 
@@ -122,6 +123,8 @@ class Pipeline(WholeParameters):
         return tally
 
     def _through_blocks(self, objective: Objective, inputs: Tensor, seed: int | None) -> Tensor:
+        if inputs.requires_grad:
+            inputs = changeable(inputs)
         for index, block in enumerate(self.model.children(), start=self._first):
             if seed is not None:
                 seed_update(update_seed(seed, index, 0), inputs.device)
@@ -219,12 +222,22 @@ def _cut(costs: Sequence[BlockCost], settings: Settings, num_stages: int) -> lis
     return cut_blocks(costs, num_stages) if cuts is None else check_cuts(cuts, costs, num_stages)
 
 
-def _refuse_tied(block: nn.Module, name: str, stage: int, stage_of: WeakIdKeyDictionary) -> None:
-    """Raises SettingsError, on every rank, if `block` shares a parameter with a block of another stage."""
-    for inner, parameter in block.named_parameters():
-        there = stage_of.setdefault(parameter, (stage, f"{name}.{inner}"))
-        if there[0] != stage:
+def _first_names(block: nn.Module, name: str, stage: int, places: WeakIdKeyDictionary) -> dict[str, str]:
+    """Each name of each parameter of `block` -> the first of that parameter's names in the whole model.
+
+    Args:
+        places: of the parameters so far: stage, name.
+
+    Raises:
+        SettingsError: on every rank: `block` shares a parameter with a block of another stage.
+    """
+    names = {}
+    for inner, parameter in block.named_parameters(remove_duplicate=False):
+        first_stage, first = places.setdefault(parameter, (stage, f"{name}.{inner}"))
+        if first_stage != stage:
             raise SettingsError(
-                f"{there[1]} and {name}.{inner} are one parameter (tied weights): in a pipeline they must lie in the "
-                "same stage; name pipeline.cuts such that they do, or use another strategy"
+                f"{first} and {name}.{inner} are one parameter (tied weights): in a pipeline they must lie in the same "
+                "stage; name pipeline.cuts such that they do, or use another strategy"
             ).on_all_ranks()
+        names[f"{name}.{inner}"] = first
+    return names

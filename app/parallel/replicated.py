@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from app.cluster.comm import Cluster
 from app.config import GradientSettings
 from app.data.batch import Batch
-from app.parallel.merge import layout_of, shard_model, state_tensors
+from app.parallel.merge import first_names, layout_of, shard_model, state_tensors
 from app.parallel.parts import SavedState, TensorState, whole_tensors
 from app.parallel.strategy import Objective
 from app.parallel.whole import WholeParameters
@@ -34,7 +34,7 @@ class Replicated(WholeParameters):
             SettingsError: on every rank: the number of ranks does not fit `settings`.
         """
         settings = settings or GradientSettings()
-        super().__init__(cluster, settings, model, optimizer, layout_of(model), replicas=cluster)
+        super().__init__(cluster, settings, model, optimizer, layout_of(model), first_names(model), cluster)
 
     def _backward(self, batch: Batch, objective: Objective, seed: int, send: bool = True) -> Tensor:
         seed_update(seed, batch.inputs.device)

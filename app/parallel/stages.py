@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,24 @@ class BlockCost:
 NUM_TIMINGS = 3
 
 
+class _Changeable(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, leaf: Tensor) -> Tensor:
+        # Not a view, which must not be changed either.
+        same: Tensor = leaf.new_empty(0).set_(leaf)  # type: ignore[call-overload]
+        return same
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def changeable(leaf: Tensor) -> Tensor:
+    """`leaf` as a block may be given it, in the same memory: one that begins in place (ReLU) must not change a leaf."""
+    changed: Tensor = _Changeable.apply(leaf)
+    return changed
+
+
 def measure_blocks(
     blocks: Iterable[tuple[str, nn.Module]], outputs_of: Callable[[nn.Module, Tensor], Tensor], inputs: Tensor
 ) -> list[BlockCost]:
@@ -40,10 +59,10 @@ def measure_blocks(
     for name, block in blocks:
         seconds = []
         for _ in range(NUM_TIMINGS):
-            taken = inputs.detach().requires_grad_(bool(costs))
+            taken = inputs.detach().clone().requires_grad_(bool(costs))
             wait_for_device(inputs)
             started = time.perf_counter()
-            outputs = outputs_of(block, taken)
+            outputs = outputs_of(block, changeable(taken))
             if outputs.requires_grad:
                 outputs.backward(torch.ones_like(outputs))
             wait_for_device(inputs)

@@ -46,6 +46,8 @@ class Strategy(ABC):
         model: this rank's: the whole, the whole but for parameters that come and go, or a stage.
         optimizer: over what this rank updates.
         like: names, shapes and data types of the whole model.
+        num_parameters: of the whole model, each once; buffers are none.
+        tied_weights: further names of parameters that have several -> the first, which the optimizer's state goes by.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Strategy(ABC):
         optimizer: torch.optim.Optimizer,
         pieces: Mapping[Tensor, Piece],
         like: Mapping[str, Tensor],
+        first_names: Mapping[str, str],
         replicas: Cluster,
     ) -> None:
         """
         Args:
             pieces: which of the whole model's elements each of the optimizer's parameters holds.
+            first_names: of the whole model: see merge.py.
             replicas: the ranks that hold different samples, but the same buffers.
         """
         self._cluster = cluster
@@ -69,6 +73,8 @@ class Strategy(ABC):
         self.optimizer = optimizer
         self._pieces = pieces
         self.like = like
+        self.num_parameters = sum(like[name].numel() for name in set(first_names.values()) & like.keys())
+        self.tied_weights = {name: first for name, first in first_names.items() if name != first}
         self._buffers = Buffers(model, replicas)
 
     # -- what a strategy is ----------------------------------------------------------------------------------------
@@ -143,15 +149,15 @@ class Strategy(ABC):
             The sum of this rank's tallies (k,); the other ranks' are not in it.
 
         Raises:
-            NonFiniteError: on every rank, with nothing of the model changed but buffers, if a loss or gradient is
-                infinite or not a number on any rank; names the first such rank and tensor.
+            NonFiniteError: on every rank, with nothing of the model changed, if a loss or gradient is infinite or not a
+                number on any rank; names the first such rank and tensor.
         """
         tally = self._backward(batch, objective, seed)
         self.reduce_gradients()
-        self._buffers.agree(len(batch) / batch.global_size)
         squared_norm = self._squared_norm()
         if not math.isfinite(squared_norm):  # so all ranks stop or skip in this update
             raise self._non_finite(batch, objective, seed)
+        self._buffers.agree(len(batch) / batch.global_size)
         if self._clip_norm is not None:
             self._clip(math.sqrt(squared_norm), self._clip_norm)
         self._cluster.recorder.enter("optimizer step")
@@ -167,9 +173,10 @@ class Strategy(ABC):
                 gradient.mul_(limit / norm)
 
     def _non_finite(self, batch: Batch, objective: Objective, seed: int) -> NonFiniteError:
-        """Collective: find the rank and the tensor."""
-        with self._buffers.unchanged():
-            mine = self._not_finite(batch, objective, seed)
+        """Collective: find the rank and the tensor. Buffers are again what they were before the update."""
+        self.forget_changes()
+        mine = self._not_finite(batch, objective, seed)
+        self.forget_changes()
         first = self._cluster.all_gather_object(mine[:1])
         culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
         where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
@@ -195,7 +202,7 @@ class Strategy(ABC):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def forget_changes(self) -> None:
-        """After an update that another rank's loss broke off: the model is again what it was before."""
+        """After an update that was broken off, before the optimizer's step: the model is again what it was before."""
         self._buffers.forget_changes()
 
     def synchronise(self) -> None:
@@ -204,6 +211,7 @@ class Strategy(ABC):
         Raises:
             ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
         """
+        self._buffers.remember()
         self.compare("after the broadcast of parameters")
 
     def compare(self, when: str) -> None:

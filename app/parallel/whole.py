@@ -27,6 +27,7 @@ class WholeParameters(Strategy):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         like: Mapping[str, Tensor],
+        first_names: Mapping[str, str],
         replicas: Cluster,
     ) -> None:
         """
@@ -40,7 +41,7 @@ class WholeParameters(Strategy):
         pieces: dict[Tensor, Piece] = {}
         for name, parameter in model.named_parameters():
             pieces[parameter] = Piece.whole(name, parameter)
-        super().__init__(cluster, settings, model, optimizer, pieces, like, replicas)
+        super().__init__(cluster, settings, model, optimizer, pieces, like, first_names, replicas)
         self._num_micro_batches = settings.num_micro_batches
         self.gradients = Gradients(model, replicas, settings)
 

@@ -45,7 +45,9 @@ class Zero(Strategy):
         self._parted = parted = PartedModel(blocks, cluster, stage)
         optimizer = build_optimizer(parted.model)
         pieces = self._hand_parts_to(optimizer)
-        super().__init__(cluster, settings, parted.model, optimizer, pieces, parted.like, replicas=cluster)
+        super().__init__(
+            cluster, settings, parted.model, optimizer, pieces, parted.like, parted.first_names, replicas=cluster
+        )
         self._loss = torch.zeros((), dtype=torch.float64, device=cluster.device)
 
     def _hand_parts_to(self, optimizer: torch.optim.Optimizer) -> dict[Tensor, Piece]:
@@ -119,9 +121,9 @@ class Zero(Strategy):
 
     def _model_state(self) -> State:
         state = {name: Part.of(share.of(flat.part), share.piece) for name, (flat, share) in self._parted.shares.items()}
-        for alias, name in self._parted.aliases.items():
-            if name in state:
-                state[alias] = state[name]
+        for name, first in self._parted.first_names.items():
+            if first in state:
+                state[name] = state[first]
         if self._cluster.is_root:
             state |= {name: Part.whole(buffer) for name, buffer in self._saved_buffers().items()}
         return {f"model/{name}": state[name] for name in self.like if name in state}
@@ -143,7 +145,7 @@ class Zero(Strategy):
         return {f"model/{name}": tensor for name, tensor in state_tensors(self.model).items()}
 
     def _part_to_merge(self, name: str) -> Tensor:
-        name = self._parted.aliases.get(name, name)
+        name = self._parted.first_names.get(name, name)
         if name in self._parted.shares:
             flat, share = self._parted.shares[name]
             return share.of(flat.part)

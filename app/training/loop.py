@@ -245,6 +245,7 @@ class Trainer:
         counters: dict[str, Any] = {
             **self.position(),
             "metrics_mark": self._journal.mark(),
+            "tied_weights": self.strategy.tied_weights,
             "window_of_ranks": [tally for tally, _ in of_ranks],
             "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
         }

@@ -30,6 +30,7 @@ def by_group(seconds: Mapping[str, float]) -> dict[str, float]:
 def write_summary(
     folder: RunFolder,
     merged: TensorFileWriter,
+    num_parameters: int,
     evaluation: Evaluation,
     progress: Progress,
     seconds_of_ranks: Sequence[Mapping[str, float]],
@@ -47,7 +48,7 @@ def write_summary(
     summary = {
         **{name: json_number(value) for name, value in evaluation.scores.items()},
         **evaluation.counts,
-        "num_parameters": merged.num_elements,
+        "num_parameters": num_parameters,
         "model_digest": merged.digest,
         "num_ranks": len(seconds_of_ranks),
         "peak_mib_of_ranks": list(peak_mib_of_ranks),

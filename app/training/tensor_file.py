@@ -36,7 +36,6 @@ class TensorFileWriter:
 
     Attributes:
         digest: that digest, once all is written.
-        num_elements: of all tensors.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
@@ -55,7 +54,6 @@ class TensorFileWriter:
         self._digest_at = 8 + encoded.index(NO_DIGEST.encode())
         self._like = like
         self._hashes: dict[str, str] = {}
-        self.num_elements = sum(tensor.numel() for tensor in like.values())
         self.digest = NO_DIGEST
         self._file = path.open("wb")
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)

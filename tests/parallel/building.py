@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from app.cluster.comm import Cluster
 from app.config import Settings
 from app.data.image_set import ImageSet
 from app.data.loader import BatchLoader, LabelledBatch
+from app.models.vit import vit_blocks
 from app.parallel.strategy import Strategy
 from app.tasks.classify import Classify
 from app.training import build
@@ -58,6 +60,17 @@ def merged_model(cluster: Cluster, strategy: Strategy) -> dict[str, Tensor] | No
 def whole_values(strategy: Strategy) -> dict[str, Tensor]:
     """What this rank holds, by name."""
     return {name: part.values for name, part in strategy.state().items()}
+
+
+def vit_blocks_without_key_biases(**settings: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `vit_blocks`, but for the biases of attention: softmax takes no notice of that of the keys, so that its
+    gradient is rounding alone, by which Adam would move it all the same.
+    """
+    for name, block in vit_blocks(**settings):
+        if isinstance(block, nn.TransformerEncoderLayer):
+            width, num_heads = block.self_attn.embed_dim, block.self_attn.num_heads
+            block.self_attn = nn.MultiheadAttention(width, num_heads, settings["dropout"], bias=False, batch_first=True)
+        yield name, block
 
 
 def tied_blocks() -> Iterator[tuple[str, nn.Module]]:

@@ -41,6 +41,14 @@ def cluster() -> Iterator[Cluster]:
     cluster.stop()
 
 
+@pytest.fixture
+def _no_key_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vision transformer is one whose gradients are more than rounding."""
+    from tests.parallel.building import vit_blocks_without_key_biases
+
+    monkeypatch.setattr("app.models.classifier.vit_blocks", vit_blocks_without_key_biases)
+
+
 # -- outside: start worlds, report what they say -----------------------------------------------------------------------
 
 

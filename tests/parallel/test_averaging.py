@@ -1,16 +1,18 @@
 """The moving average of the weights, wherever they live: what is evaluated and merged, and that it resumes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.cluster.comm import Cluster
 from app.config import CheckpointSettings, DataSettings, ModelSettings, OptimizerSettings, Settings
 from app.merge import merge_checkpoint
+from app.parallel.merge import state_digest
 from app.tasks.classify import Evaluation
 from app.training.checkpoint import latest_checkpoint
 from tests.parallel.building import assert_close, build_trainer, merged_model, whole_values
@@ -53,6 +55,35 @@ def test_the_average_is_the_same_wherever_the_model_lives(cluster: Cluster, tmp_
         merge_checkpoint(checkpoint, folder / "offline.safetensors")
         offline = load_file(folder / "offline.safetensors")
         assert_close({name: offline[name] for name in merged}, merged)
+
+
+class Tied(nn.Module):
+    """A network of a user's own, in which two layers have one weight."""
+
+    def __init__(self, shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(math.prod(shape), 8), nn.Linear(8, 8)
+        self.third, self.last = nn.Linear(8, 8), nn.Linear(8, num_classes)
+        self.third.weight = self.second.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(images.flatten(1)))
+        output: Tensor = self.last(torch.tanh(self.third(torch.tanh(self.second(hidden)))))
+        return output
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("how", ["replicated", "zero1", "zero2", "zero3"])
+def test_the_offline_merge_of_tied_weights_is_the_runs_model(cluster: Cluster, tmp_path: Path, how: str) -> None:
+    folder = cluster.on_root(lambda: tmp_path)
+    settings = replace(SETTINGS, parallel=how, model=ModelSettings(name=f"{__name__}.Tied"))  # type: ignore[arg-type]
+    merged = _train(cluster, settings, folder / how)[1]
+    if merged:
+        checkpoint = latest_checkpoint(folder / how, tell=print)
+        assert checkpoint
+        assert merge_checkpoint(checkpoint, folder / "offline.safetensors") == state_digest(merged)
+        assert torch.equal(merged["network.third.weight"], merged["network.second.weight"])
+        assert not torch.equal(merged["network.third.weight"], checkpoint.read("model/network.third.weight").view(8, 8))
 
 
 @pytest.mark.world_size(2)

@@ -1,19 +1,30 @@
 """The pipeline: cuts, schedules, replicas, and what is refused."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.benchmarking.sharding import proof_settings
 from app.cluster.comm import Cluster
-from app.cluster.failure import ReplicasDifferError, SettingsError
-from app.config import ModelSettings, PipelineSettings, Settings, VitSettings
+from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsError
+from app.config import (
+    CheckpointSettings,
+    DataSettings,
+    GradientSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PipelineSettings,
+    Settings,
+    VitSettings,
+)
 from app.parallel.layout import Layout
+from app.parallel.merge import state_digest
 from app.parallel.pipeline import Pipeline
 from tests.parallel.building import CrossEntropy, assert_close, build_trainer, make_batch, merged_model, tied_blocks
 
@@ -42,6 +53,7 @@ def _run_pipeline(cluster: Cluster, settings: Settings, folder: Path) -> tuple[l
     return losses, merged_model(cluster, strategy)
 
 
+@pytest.mark.usefixtures("_no_key_biases")
 @pytest.mark.world_size(4)
 def test_cut_and_schedule_change_nothing_not_even_with_dropout(cluster: Cluster, tmp_path: Path) -> None:
     folder = cluster.on_root(lambda: tmp_path)
@@ -60,6 +72,7 @@ def test_cut_and_schedule_change_nothing_not_even_with_dropout(cluster: Cluster,
         assert_close(other_weights, weights)
 
 
+@pytest.mark.usefixtures("_no_key_biases")
 @pytest.mark.world_size(4)
 def test_two_replicas_of_two_stages(cluster: Cluster, tmp_path: Path) -> None:
     """Data parallel times pipeline: as one replica, but for dropout's masks, which are each replica's own."""
@@ -71,6 +84,72 @@ def test_two_replicas_of_two_stages(cluster: Cluster, tmp_path: Path) -> None:
         calm[num_stages] = _run_pipeline(cluster, settings, folder / str(num_stages))
     assert calm[2][0] == pytest.approx(calm[4][0], rel=TOLERANCE)
     assert_close(calm[2][1], calm[4][1])
+
+
+@pytest.mark.world_size(2)
+def test_torchvisions_resnet_learns_what_one_rank_learns_from_the_same_micro_batches(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its ReLUs change what they are given, which may have come from another stage."""
+    settings = Settings(
+        precision="float64",
+        num_epochs=1,
+        log_interval=1,
+        parallel="pipeline",
+        data=DataSettings(name="synthetic", num_samples=12, batch_size=12, image_size=32),
+        model=ModelSettings(name="resnet18"),
+        optimizer=OptimizerSettings(learning_rate=0.01, momentum=0.9),
+        gradient=GradientSettings(num_micro_batches=3),
+        pipeline=PipelineSettings(cuts=["relu"]),
+        checkpoint=CheckpointSettings(interval=0),
+    )
+    folder = cluster.on_root(lambda: tmp_path)
+    losses, weights = _run_pipeline(cluster, settings, folder / "pipeline")
+    alone = replace(settings, parallel="replicated")
+    expected_losses, expected = _run_pipeline(Cluster.alone(), alone, tmp_path / f"alone-{cluster.rank}")
+    assert losses == pytest.approx(expected_losses, rel=TOLERANCE)
+    if weights is not None:
+        assert_close(weights, expected)
+
+
+def _with_norms() -> Iterator[tuple[str, nn.Module]]:
+    torch.manual_seed(1)
+    yield "first", nn.Conv2d(2, 5, 2, bias=False).double()
+    yield "norm", nn.BatchNorm2d(5).double()
+    yield "second", nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(5, 4, 1, bias=False)).double()
+    yield "norm2", nn.BatchNorm2d(4).double()
+    yield "last", nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_a_skipped_update_leaves_running_statistics_as_they_were(cluster: Cluster, num_stages: int) -> None:
+    """On every stage of every replica: what the last stage of one finds out, all of them undo."""
+    cuts = ["second"] if num_stages == 2 else ["norm", "second", "norm2"]
+    settings = replace(proof_settings(SMALL, "pipeline"), pipeline=PipelineSettings(num_stages=num_stages, cuts=cuts))
+    layout = Layout.of(settings, cluster.rank, cluster.size)
+    strategy = Pipeline(
+        _with_norms,
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        cluster,
+        settings,
+        layout,
+        CrossEntropy(),
+        make_batch(0, 1, 4).inputs,
+    )
+    batch = make_batch(layout.replica, layout.num_replicas, 22)
+    strategy.update(batch, CrossEntropy(), seed=0)
+    before = state_digest(dict(strategy.model.named_buffers()))
+    is_last = layout.replica == layout.num_replicas - 1
+    bad = replace(batch, inputs=batch.inputs * (float("nan") if is_last else 1.0))
+    with pytest.raises(NonFiniteError):
+        strategy.update(bad, CrossEntropy(), seed=0)
+    assert state_digest(dict(strategy.model.named_buffers())) == before
+    strategy.update(batch, CrossEntropy(), seed=0)
+    with_norm = any(cluster.all_gather_object(state_digest(dict(strategy.model.named_buffers())) != before))
+    assert with_norm
+    assert all(tensor.isfinite().all() for tensor in strategy.model.state_dict().values())
+    assert strategy.num_parameters == 40 + 10 + 20 + 8 + 51
 
 
 @pytest.mark.world_size(4)

@@ -15,6 +15,7 @@ IN_PARTS = [how for how in STRATEGIES if how != "replicated"]
 SIZES = [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3, 4)]
 
 
+@pytest.mark.usefixtures("_no_key_biases")
 @pytest.mark.parametrize("how", IN_PARTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_losses_and_weights_are_those_of_replicated_and_bytes_those_of_the_formula(

@@ -41,7 +41,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(cluster: Cluster) -> None
 
 def _blocks() -> Iterator[tuple[str, nn.Module]]:
     torch.manual_seed(1)
-    yield "first", nn.Conv2d(2, 5, 2).double()
+    yield "first", nn.Conv2d(2, 5, 2, bias=False).double()  # of which the norm would leave rounding alone
     yield "norm", nn.BatchNorm2d(5).double()
     yield "flat", nn.Sequential(nn.Tanh(), nn.Flatten())
     yield "last", nn.Linear(20, 3).double()
@@ -124,6 +124,19 @@ def test_any_model_and_elementwise_optimizer(
 
 
 @pytest.mark.world_size(3)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("blocks", [_blocks, tied_blocks, _frozen])
+def test_each_parameter_counts_once_and_buffers_do_not(
+    cluster: Cluster, blocks: Callable[[], Iterator[tuple[str, nn.Module]]], stage: int
+) -> None:
+    strategy = _strategy(cluster, blocks, stage, GradientSettings())
+    whole = nn.Sequential(*(block for _, block in blocks()))
+    assert strategy.num_parameters == sum(parameter.numel() for parameter in whole.parameters())
+    tied = {"second.weight": "first.1.weight"} if blocks is tied_blocks else {}
+    assert strategy.tied_weights == tied
+
+
+@pytest.mark.world_size(3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_data_types_and_an_unused_parameter(cluster: Cluster, stage: int) -> None:
     strategy = _strategy(cluster, _mixed, stage, GradientSettings(), "sgd")
@@ -189,13 +202,27 @@ class _Infinite(CrossEntropy):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_looking_for_what_is_not_finite_leaves_running_statistics_equal(cluster: Cluster, stage: int) -> None:
-    strategy = _strategy(cluster, _blocks, stage, GradientSettings())
-    with pytest.raises(NonFiniteError):
-        strategy.update(make_batch(cluster.rank, 2, 11), _Infinite(cluster.rank == 1), seed=0)
-    strategy.compare("after the skip")
-    assert strategy.model.get_buffer("norm.num_batches_tracked").item() == 1
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("together", [True, False], ids=["two ranks", "one rank"])
+def test_a_skipped_update_leaves_running_statistics_as_they_were(
+    cluster: Cluster, together: bool, stage: int, num_micro_batches: int
+) -> None:
+    ranks = cluster if together else Cluster.alone()
+    strategy = _strategy(ranks, _blocks, stage, GradientSettings(num_micro_batches=num_micro_batches))
+    batch = make_batch(ranks.rank, ranks.size, 11)
+    strategy.update(batch, CrossEntropy(), seed=0)
+    before = state_digest(dict(strategy.model.named_buffers()))
+    assert strategy.model.get_buffer("norm.num_batches_tracked").item() == num_micro_batches
+    is_last = ranks.rank == ranks.size - 1
+    bad = replace(batch, inputs=batch.inputs * (float("nan") if is_last else 1.0))
+    for worse, objective in ((bad, CrossEntropy()), (batch, _Infinite(is_last))):
+        with pytest.raises(NonFiniteError):
+            strategy.update(worse, objective, seed=0)
+        assert state_digest(dict(strategy.model.named_buffers())) == before
+    strategy.update(batch, CrossEntropy(), seed=0)
+    assert strategy.model.get_buffer("norm.num_batches_tracked").item() == 2 * num_micro_batches
+    assert all(buffer.isfinite().all() for buffer in strategy.model.buffers())
 
 
 @pytest.mark.world_size(3)

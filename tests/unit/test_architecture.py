@@ -13,7 +13,7 @@ from tests.launching import ROOT
 
 APP = ROOT / "app"
 KNOWN_BY = {
-    "horovod": {"cluster/comm.py", "cluster/elastic.py", "cluster/gloo.py", "cluster/horovod_library.py"},
+    "horovod": {f"cluster/{name}.py" for name in ("comm", "collectives", "elastic", "gloo", "horovod_library")},
     "mpi4py": {"cluster/mpi_library.py"},
 }
 SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
