@@ -137,7 +137,7 @@ def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path
     run = place / "victim" / "run"
     for path in (run, *run.rglob("*")):
         os.chown(path, STRANGER, STRANGER)
-    assert _as_victim(f"{PROGRAMS['evaluate.py']} {run}", place).stdout.count("accuracy")
+    assert _as_victim(f"{PROGRAMS['evaluate.py']} {run}", place).stdout.count("Accuracy: ")
 
 
 @pytest.mark.parametrize(
@@ -158,3 +158,18 @@ def test_what_a_name_gives_is_of_its_kind(tmp_path: Path, settings: str, code: i
     assert message in finished.stderr, finished.output
     assert finished.stderr.count("lockstep: ") == 1, finished.output
     assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "told"),
+    [(0, 0o644, "has 1 rows"), (STRANGER, 0o644, "not your word alone"), (0, 0o646, "not your word alone")],
+)
+def test_rows_of_a_sweep_are_the_users_word(tmp_path: Path, owner: int, mode: int, told: str) -> None:
+    rows = tmp_path / "rows.txt"
+    rows.write_text("--trust true --data.name subprocess.call\n")
+    os.chown(rows, owner, -1)
+    rows.chmod(mode)
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "9"}
+    finished = launch(["bash", str(ROOT / "slurm" / "sweep.sbatch"), str(rows)], cwd=tmp_path, environment=job)
+    assert finished.returncode == SETTINGS, finished.output
+    assert told in finished.stderr, finished.output
