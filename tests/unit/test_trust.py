@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.cluster.failure import SettingsError
-from app.settings import dump_settings, load_settings, parse_settings
+from app.settings import PRESETS, dump_settings, flat_settings, load_settings, parse_settings
 from app.training.run_folder import replacing
 from app.trust import Source, check_trust, names_of_code, read_source
 
@@ -127,6 +127,14 @@ def test_a_pipe_in_its_place_keeps_nobody_waiting(tmp_path: Path) -> None:
 )
 def test_names_of_code_are_found_wherever_they_stand(settings: dict[str, object], found: dict[str, list[str]]) -> None:
     assert names_of_code(settings) == found
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_name_no_code(preset: str) -> None:
+    """So that they need no trust where the clone is another user's."""
+    settings, _ = parse_settings(["--config", preset])
+    assert not names_of_code(flat_settings(settings))
+    assert not names_of_code({"env.options": settings.env.options, "model.options": settings.model.options})
 
 
 @needs_root
