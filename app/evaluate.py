@@ -24,6 +24,7 @@ from app.tasks.classify import Classify, Evaluation
 from app.tasks.task import Task
 from app.training.build import build_task
 from app.training.run_folder import RunFolder, load_into, storage_errors
+from app.trust import add_trust
 
 NUM_MISTAKES = 24
 MAX_CLASSES_SHOWN = 25
@@ -54,7 +55,7 @@ def _settings_for(arguments: argparse.Namespace) -> Settings:
         StorageError: it is not finished.
         SettingsError: it is of another kind than `arguments` are for.
     """
-    settings = RunFolder.open(arguments.run).load_settings()
+    settings = RunFolder.open(arguments.run).load_settings(arguments.trust == "true")
     if settings.task == "classify" and (arguments.record or arguments.episodes):
         raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for what acts")
     if arguments.episodes:
@@ -105,6 +106,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
     parser.add_argument("--episodes", type=_at_least_one, help="how many (default: as the run's settings say)")
     parser.add_argument("--record", type=Path, metavar="FILE.gif", help="write an episode as moving pictures")
+    add_trust(parser)
     return parser.parse_args()
 
 

@@ -25,6 +25,7 @@ from app.cluster.program import run_program
 from app.settings import SETTINGS_FILE
 from app.training.build import build_task
 from app.training.run_folder import RunFolder, load_into, replacing
+from app.trust import add_trust
 
 Outputs = Callable[[Tensor], Tensor]
 NUM_EXAMPLES = 3  # to export with
@@ -43,7 +44,7 @@ def main(cluster: Cluster) -> None:
     if cluster.size > 1:
         raise SettingsError("one rank exports a model: start this without a launcher").on_all_ranks()
     folder = RunFolder.open(arguments.run)
-    settings = folder.load_settings()
+    settings = folder.load_settings(arguments.trust == "true")
     task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
     model = task.build_model().cpu().eval()
     load_into(model, folder)
@@ -121,6 +122,7 @@ def _parse_args() -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="(default: %(default)s)")
+    add_trust(parser)
     return parser.parse_args()
 
 

@@ -1,12 +1,15 @@
 """What a user's own package brings in by its name."""
 
 import importlib
+import reprlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from app.cluster.failure import SettingsError
+
+Made = TypeVar("Made")
 
 
 def find(name: str, setting: str) -> Any:
@@ -24,6 +27,21 @@ def find(name: str, setting: str) -> Any:
         return getattr(found, attribute)
     except AttributeError:
         raise SettingsError(f"{setting} is {name}: {found} has no {attribute}") from None
+
+
+def made(name: str, setting: str, kind: type[Made], *args: Any, **options: Any) -> Made:
+    """What `name`, called with the rest, gives: a `kind`.
+
+    Raises:
+        SettingsError: there is no such thing, or it gives something else.
+    """
+    found = find(name, setting)(*args, **options)
+    if not isinstance(found, kind):
+        what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+        raise SettingsError(
+            f"{setting} is {name}: it must give {what}, and gave {type(found).__name__} {reprlib.repr(found)}"
+        )
+    return found
 
 
 def import_module(name: str, setting: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """The data sets, by their names in the settings."""
 
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,11 @@ def _load_folder(settings: DataSettings, train: bool) -> ItemSet:
 
 def _load_own(settings: DataSettings, train: bool) -> ItemSet:
     """What a user's own function or class gives for (root, train)."""
-    samples = find(settings.name, "data.name")(settings.root, train)
+    make = find(settings.name, "data.name")
     try:
+        samples = make(settings.root, train)
+        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+            raise TypeError(f"it gave {type(samples).__name__} {reprlib.repr(samples)}")
         image, _ = samples[0]
         classes = getattr(samples, "classes", None) or [str(index) for index in range(samples.num_classes)]
     except Exception as error:  # whatever a user's data set raises

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from app.cluster.failure import SettingsError
 from app.config import ModelSettings
-from app.imports import find
+from app.imports import made
 from app.models.log_probabilities import LogProbabilities
 from app.models.net import net_blocks
 from app.models.vit import vit_blocks
@@ -41,10 +41,12 @@ def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -
                 raise ValueError(f"it takes square images, and these are {height} x {width}")
             yield from vit_blocks(**asdict(settings.vit), image_size=height, channels=channels, num_classes=num_classes)
         elif "." in settings.name:
-            yield "network", find(settings.name, "model.name")(shape, num_classes, **settings.options)
+            yield "network", made(settings.name, "model.name", nn.Module, shape, num_classes, **settings.options)
             yield "log_softmax", LogProbabilities()
         else:
             yield from _torchvision_blocks(settings, shape, num_classes)
+    except SettingsError as error:
+        raise error.on_all_ranks() from None
     except (ValueError, TypeError) as error:
         raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from app.cluster.failure import SettingsError
 from app.config import ModelSettings
-from app.imports import find
+from app.imports import made
 from app.models.actions import Actions, Gaussian
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -63,9 +63,14 @@ def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Action
         elif settings.name == "nature_cnn":
             yield from nature_cnn_blocks(shape, actions.num_actions, gaussian)
         elif "." in settings.name:
-            yield "policy", find(settings.name, "model.name")(shape, actions.num_outputs + 1, **settings.options)
+            yield (
+                "policy",
+                made(settings.name, "model.name", nn.Module, shape, actions.num_outputs + 1, **settings.options),
+            )
         else:
             raise ValueError("ppo takes mlp, nature_cnn or a policy of your own, my_package.MyPolicy")
+    except SettingsError as error:
+        raise error.on_all_ranks() from None
     except (ValueError, TypeError) as error:
         raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
 

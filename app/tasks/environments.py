@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from app.cluster.affinity import allowed_cpus
 from app.cluster.failure import SettingsError
 from app.config import EnvSettings
-from app.imports import find, import_module
+from app.imports import import_module, made
 
 PACKAGES = ("ale_py", "highway_env")  # that register environments as they are imported
 GAMES = "ALE/"
@@ -87,7 +87,7 @@ def make_one(settings: EnvSettings, **options: Any) -> gym.Env[Any, Any]:
     options = {**settings.options, **options}
     is_class = "." in settings.id and ":" not in settings.id
     if is_class:
-        make: Callable[[], gym.Env[Any, Any]] = lambda: find(settings.id, "env.id")(**options)  # noqa: E731
+        make: Callable[[], gym.Env[Any, Any]] = lambda: made(settings.id, "env.id", gym.Env, **options)  # noqa: E731
     else:
         _register(settings.id)
         make = lambda: gym.make(settings.id, disable_env_checker=True, **options)  # noqa: E731

@@ -20,6 +20,7 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -144,8 +145,9 @@ class RunFolder:
         self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None, profile=None)))
         self.write_json("environment.json", environment)
 
-    def load_settings(self) -> Settings:
-        return load_settings(self.path / SETTINGS_FILE)
+    def load_settings(self, trust: bool = False) -> Settings:
+        """What the run was made with; `trust`: the user has typed `--trust true`."""
+        return load_settings(self.path / SETTINGS_FILE, trust)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file: under a temporary name, then renamed."""
@@ -194,7 +196,7 @@ def load_into(model: nn.Module, folder: RunFolder) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well and is removed when not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # which nobody can have made before
     with storage_errors():
         try:
             yield temporary
@@ -238,7 +240,7 @@ def _new_folder_by_time() -> Path:
 def _point_latest_at(path: Path) -> None:
     """A convenience: where it cannot be made, nothing is lost."""
     link = path.with_name(DEFAULT_RUN.name)
-    temporary = path.with_name(f".{DEFAULT_RUN.name}.{os.getpid()}")
+    temporary = path.with_name(f".{DEFAULT_RUN.name}.{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
         temporary.symlink_to(path.name)
         temporary.replace(link)

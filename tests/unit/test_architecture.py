@@ -18,7 +18,7 @@ KNOWN_BY = {
 }
 SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
 LAYERS = (
-    ("cluster", "data", "models", "config", "settings", "imports"),
+    ("cluster", "data", "models", "config", "settings", "imports", "trust"),
     ("parallel", "tasks", "training"),
     ("programs",),
 )

@@ -1,5 +1,7 @@
 """The data sets: real digits that need no network, MNIST's errors, synthetic images."""
 
+import os
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -82,3 +84,28 @@ def test_synthetic_images_can_be_learned_and_are_always_the_same() -> None:
     centres = torch.stack([train.images[train.labels == label].double().mean(0) for label in range(10)])
     distances = (held_out.images.double().unsqueeze(1) - centres).square().sum((2, 3, 4))
     assert (distances.argmin(1) == held_out.labels).double().mean() > 0.99
+
+
+class _Runs:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_of_cifars_pickles_only_arrays_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whoever owns the files may change them once their MD5 was found right."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": images, "labels": [0, 1]}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}, protocol=2))
+    assert load("cifar10", tmp_path, train=False).images.flatten().tolist() == images.flatten().tolist()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": _Runs(tmp_path / "mark")}, protocol=2))
+    with pytest.raises(DataError, match=r"mkdir, which is nothing of CIFAR's"):
+        load("cifar10", tmp_path, train=False)
+    assert not (tmp_path / "mark").exists()
