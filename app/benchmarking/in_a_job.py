@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from app.benchmarking.communication import (
@@ -65,8 +66,7 @@ def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
     if cluster.is_root and not options.json:
         print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
     folder = cluster.on_root(lambda: new_folder(options.out))
-    scratch = folder / f"scratch-{inventory['ranks'][0]['pid']}"
-    cluster.on_root(lambda: scratch.mkdir())
+    scratch = Path(cluster.on_root(lambda: mkdtemp(prefix="scratch-", dir=folder)))
     measure = {"throughput": _throughput, "comm": _comm, "sharding": _sharding, "pipeline": _pipeline}[kind]
     with contextlib.ExitStack() as stack:
         if cluster.is_root:
