@@ -171,9 +171,7 @@ def _certify(never: Path, stopped: Path, same: bool, num_attempts: int) -> None:
     states = [checkpoint.load() for checkpoint in checkpoints]
     held = [_tell_kills(stopped, num_attempts, checkpoints[0].step)]
     for state in states:
-        for name, tensor in state.items():
-            if not bool(tensor.isfinite().all()):
-                raise NonFiniteError(f"{name} is infinite or not a number: nothing can be certified of such a model")
+        _check_finite(state)
     for what, prefix in {"model": "model/", "optimizer": "optimizer/"}.items():
         parts = [{name: tensor for name, tensor in state.items() if name.startswith(prefix)} for state in states]
         held.append(_compare_tensors(what, parts[0], parts[1], same))
@@ -193,6 +191,15 @@ def _certify(never: Path, stopped: Path, same: bool, num_attempts: int) -> None:
     if not all(held):
         raise ReplicasDifferError("the run that was killed is NOT the run that never stopped")
     print(f"CERTIFIED: {'identical' if same else f'equal within {ROUNDING:g}'} after {checkpoints[0].step} updates")
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
+    """Raises NonFiniteError: numbers that are none are equal to nothing, and to everything."""
+    if not any(name.startswith("model/") for name in state):
+        raise LockstepError("the checkpoint holds no model: nothing can be certified")
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{name} is infinite or not a number: nothing can be certified of such a run")
 
 
 def _tell_kills(stopped: Path, num_attempts: int, num_updates: int) -> bool:
