@@ -22,7 +22,6 @@ from app.data.loader import LabelledBatch
 from app.parallel.merge import state_digest
 from app.parallel.parts import State, TensorState
 from app.parallel.replicated import Replicated
-from app.tasks.task import Evaluation
 from app.training.checkpoint import list_checkpoints, verify_checkpoint, write_parts
 from app.training.checkpoint_writer import CheckpointWriter
 from app.training.ledger import read_ledger
@@ -90,31 +89,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(cluster: Cluster, size: int, settings
     assert _records(folder / "stopped") == _records(folder / "never")
     assert all(account.is_exact for account in read_ledger(folder / "stopped"))
     assert len(read_ledger(folder / "stopped")) == 3
-
-
-@pytest.mark.world_size(2)
-def test_an_evaluation_that_was_due_at_the_checkpoint_is_made_by_the_one_who_goes_on(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """Killed between the checkpoint of an epoch's last update and the evaluation of that epoch."""
-    folder = cluster.on_root(lambda: tmp_path)
-    settings = replace(SETTINGS, checkpoint=CheckpointSettings(interval=7))
-    _run(cluster, settings, folder / "never")
-    stopped, _ = build_trainer(cluster, settings, folder / "stopped")
-
-    def killed(_: int) -> Evaluation:
-        stopped.writer.wait()
-        raise Stop
-
-    stopped._evaluate = killed  # type: ignore[method-assign, assignment]
-    with pytest.raises(Stop):
-        stopped.train()
-    cluster.barrier()
-    resumed = _run(cluster, settings, folder / "stopped", resume=True)
-    assert resumed.progress.step == 21
-    found = _records(folder / "stopped")
-    assert [record["step"] for record in found if "learning_rate" not in record] == [7, 14, 21]
-    assert found == _records(folder / "never")
 
 
 @pytest.mark.world_size(3)
