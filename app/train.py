@@ -78,6 +78,10 @@ def train(
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
     run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = run.folder
+    if run.is_over:
+        if cluster.is_root:
+            print(f"{folder.path} is finished: nothing is left to do, and nothing was changed", flush=True)
+        return
     with contextlib.ExitStack() as stack:
         cluster.on_root(lambda: stack.enter_context(folder.locked(SECONDS_FOR_A_LOCK if known else 0.0)))
         cluster.on_root(folder.begin_recording)
@@ -88,7 +92,7 @@ def train(
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
         trainer = build_trainer(cluster, settings, task, folder, run.resume, relay.take_over(cluster))
         relay.trainer = trainer
-        cluster.on_root(lambda: folder.begin(settings, inventory))
+        cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
         if prepare:
             prepare(trainer)
         cluster.recorder.take_seconds()  # without the start, for which all wait
@@ -146,12 +150,12 @@ def _finish(
 
     assert merged
     peaks, seconds = [peak for peak, _ in ranks], [seconds for _, seconds in ranks]
-    summary = write_summary(
-        folder, merged, trainer.strategy.num_parameters, evaluation, trainer.progress, seconds, peaks
-    )
-    print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")
     with storage_errors():
         plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
+    # Last: with it the run is finished.
+    num_parameters = trainer.strategy.num_parameters
+    summary = write_summary(folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks)
+    print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")
 
 
 if __name__ == "__main__":

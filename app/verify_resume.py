@@ -12,6 +12,7 @@ rank by rank) must agree within rounding.
 
 import argparse
 import contextlib
+import json
 import random
 import shlex
 import subprocess
@@ -24,10 +25,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from app.cluster.failure import LockstepError, ReplicasDifferError, run_alone
+from app.cluster.failure import LockstepError, NonFiniteError, ReplicasDifferError, run_alone
+from app.cluster.recorder import FOLDER as RECORDER
+from app.cluster.recorder import read_heartbeats
 from app.data.sharding import content_hash
+from app.settings import SETTINGS_FILE, load_settings
 from app.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from app.training.ledger import ledger_digest, read_ledger
+from app.training.ledger import find_gaps, ledger_digest, read_ledger
+from app.training.position import Progress
+from app.training.run_folder import HISTORY
 
 TRAIN = Path(__file__).with_name("train.py")
 INTERVAL = 20
@@ -50,10 +56,14 @@ def main() -> None:
         print(f"the run that never stops: {ranks[0]} rank(s)", flush=True)
         _train(arguments.launcher, ranks[0], never, settings, delays)
         num_updates = _last(never).step
+        updates_per_epoch = num_updates // load_settings(never / SETTINGS_FILE).num_epochs
         for index, num_ranks in enumerate(ranks):
             stop = (index + 1) * num_updates // len(ranks) if index + 1 < len(ranks) else None
-            _train(arguments.launcher, num_ranks, stopped, [*settings, "--resume"], delays, stop)
-        _certify(never, stopped, same)
+            again = ["--resume"] if index else []
+            _train(arguments.launcher, num_ranks, stopped, [*settings, *again], delays, stop)
+            if stop is not None and (where := _off_mid_epoch(stopped, num_updates, updates_per_epoch)):
+                raise LockstepError(f"killed, but not in the midst of an epoch ({where}): try another --seed")
+        _certify(never, stopped, same, len(ranks))
 
 
 def _parse_args() -> argparse.Namespace:
@@ -62,7 +72,7 @@ def _parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--ranks",
-        type=lambda text: [int(number) for number in text.split(",")],
+        type=_numbers_of_ranks,
         default=[2, 2],
         help="the number of ranks before the first kill, after it, ... (default: 2,2)",
     )
@@ -70,6 +80,14 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument("settings", nargs="*", help="settings of app/train.py, after --")
     return parser.parse_args()
+
+
+def _numbers_of_ranks(text: str) -> list[int]:
+    ranks = [int(number) if number.strip().isdecimal() else 0 for number in text.split(",")]
+    if len(ranks) < 2 or 0 in ranks:
+        message = f"{text} is not two or more numbers of ranks, such as 2,2: a kill lies between each and the next"
+        raise argparse.ArgumentTypeError(message)
+    return ranks
 
 
 def _train(
@@ -130,6 +148,16 @@ def _kill_ranks(process: psutil.Popen) -> int:
     return num_killed
 
 
+def _off_mid_epoch(run: Path, num_updates: int, updates_per_epoch: int) -> str | None:
+    """Of ranks that are not in the midst of an epoch, with updates left to do: what one of them is at."""
+    for beat in read_heartbeats(run / RECORDER):
+        done = beat.update - 1
+        between = updates_per_epoch > 1 and done % updates_per_epoch == 0
+        if not 0 < done < num_updates or between or beat.phase in ("evaluation", "merging"):
+            return f"rank {beat.rank} is in {beat.phase} of update {beat.update} of {num_updates}"
+    return None
+
+
 def _last(run: Path) -> Checkpoint:
     checkpoint = latest_checkpoint(run, tell=print)
     if checkpoint is None:
@@ -137,11 +165,13 @@ def _last(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def _certify(never: Path, stopped: Path, same: bool) -> None:
+def _certify(never: Path, stopped: Path, same: bool, num_attempts: int) -> None:
     """Tell every comparison; raise if one fails."""
     checkpoints = [_last(run) for run in (never, stopped)]
     states = [checkpoint.load() for checkpoint in checkpoints]
-    held = []
+    held = [_tell_kills(stopped, num_attempts, checkpoints[0].step)]
+    for state in states:
+        _check_finite(state)
     for what, prefix in {"model": "model/", "optimizer": "optimizer/"}.items():
         parts = [{name: tensor for name, tensor in state.items() if name.startswith(prefix)} for state in states]
         held.append(_compare_tensors(what, parts[0], parts[1], same))
@@ -152,7 +182,10 @@ def _certify(never: Path, stopped: Path, same: bool) -> None:
         held.append(_tell("metrics.jsonl", content_hash(metrics[0]), content_hash(metrics[1])))
         held.append(_tell("data ledger", ledger_digest(never), ledger_digest(stopped)))
     accounts = read_ledger(stopped)
-    held.append(len(accounts) == len(read_ledger(never)) and all(account.is_exact for account in accounts))
+    progress = Progress(**checkpoints[1].counters["progress"])
+    is_whole = not find_gaps(stopped, progress.step, progress.num_samples)
+    is_exact = bool(accounts) and all(account.is_exact for account in accounts)
+    held.append(is_whole and is_exact and len(accounts) == len(read_ledger(never)))
     epochs = ", ".join(f"epoch {account.epoch}: {account.num_used}/{account.num_samples}" for account in accounts)
     print(f"{'ledger':14} {epochs}: {'each sample exactly once' if held[-1] else 'NOT each sample exactly once'}")
     if not all(held):
@@ -160,17 +193,39 @@ def _certify(never: Path, stopped: Path, same: bool) -> None:
     print(f"CERTIFIED: {'identical' if same else f'equal within {ROUNDING:g}'} after {checkpoints[0].step} updates")
 
 
+def _check_finite(state: dict[str, Tensor]) -> None:
+    """Raises NonFiniteError: numbers that are none are equal to nothing, and to everything."""
+    if not any(name.startswith("model/") for name in state):
+        raise LockstepError("the checkpoint holds no model: nothing can be certified")
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{name} is infinite or not a number: nothing can be certified of such a run")
+
+
+def _tell_kills(stopped: Path, num_attempts: int, num_updates: int) -> bool:
+    """Each attempt but the first went on from a checkpoint, and had updates left to do."""
+    history = [json.loads(line) for line in (stopped / HISTORY).read_text().splitlines()]
+    starts = [attempt["update"] for attempt in history]
+    print(f"{'attempts':14} begun after updates {', '.join(map(str, starts))} of {num_updates}")
+    return len(starts) == num_attempts and all(0 < start < num_updates for start in starts[1:])
+
+
 def _compare_tensors(what: str, never: dict[str, Tensor], stopped: dict[str, Tensor], same: bool) -> bool:
     if same:
         return _tell(
             what, *(content_hash(sorted((k, content_hash(v)) for k, v in s.items())) for s in (never, stopped))
         )
+    if never.keys() != stopped.keys():
+        print(f"{what:14} the two have not the same tensors")
+        return False
     worst = 0.0
     for name, tensor in never.items():
+        if tensor.numel() == 0:
+            continue
         difference = (stopped[name].double() - tensor.double()).abs().max()
         worst = max(worst, float(difference / tensor.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)))
     print(f"{what:14} largest difference {worst:.1e} of the largest element, in {len(never)} tensors")
-    return never.keys() == stopped.keys() and worst <= ROUNDING
+    return worst <= ROUNDING
 
 
 def _tell(what: str, never: str, stopped: str) -> bool:

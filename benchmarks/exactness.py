@@ -124,7 +124,7 @@ def _write(folder: Path, step: int, state: State) -> None:
 
 def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path, block: int) -> dict[str, float]:
     """Collective: seconds an update that ledger and sentinel take by themselves, at the default interval."""
-    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank), num_samples=block)
+    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank, cluster.size), num_samples=block)
     ids = np.arange(32)
     recording = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
     comparing = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))

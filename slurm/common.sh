@@ -161,11 +161,12 @@ newest_checkpoint() {
 # Train in a folder that is the same each time this job is started, and set `code`. If a stop, a stall or a lost rank
 # ended it, and it got further than the attempt before, the job goes back into the queue, to go on from there.
 train() {
-    local before after default_run_dir=$1
+    local before after default_run_dir=$1 go_on=()
     shift
     find_run_dir "${LOCKSTEP_RUN_DIR:-$default_run_dir}" "$@"
     before=$(newest_checkpoint)
-    run_ranks "$root/app/train.py" --resume --run_dir "$run_dir" "$@"
+    [[ ! -d $run_dir ]] || go_on=(--resume) # what an attempt before has begun
+    run_ranks "$root/app/train.py" "${go_on[@]}" --run_dir "$run_dir" "$@"
     [[ $code != 0 ]] || return 0
     after=$(newest_checkpoint)
     local ended="ended with exit code $code (docs/exit-codes.md)"

@@ -154,7 +154,8 @@ class Drill:
             redone = max(0, UPDATE - 1 - (int(start[1]) if start else 0))
         if _digest(run) != reference:
             failures.append("the model is not that of a run without a fault")
-        if not all(account.is_exact for account in read_ledger(run)):
+        accounts = read_ledger(run)
+        if not accounts or not all(account.is_exact for account in accounts):
             failures.append("not every sample was learned from exactly once")
         return redone
 

@@ -115,18 +115,20 @@ class Rollouts:
         self.consumed = 0
 
     def position_after(self, num_updates: int) -> tuple[int, int]:
-        return num_updates, 0
+        """After an update still in its epoch, as after the last batch of a data set: the evaluation is yet to come."""
+        return max(num_updates - 1, 0), min(num_updates, 1)
 
     def after_checkpoint(self) -> None:
         self._current = None
 
     def rest_of_epoch(self) -> Iterator[Rollout]:
-        """Collective: one rollout."""
-        self._cluster.recorder.enter("steps of the environments", self.epoch + 1)
-        with torch.no_grad(), evaluating(self._model):
-            rollout = self._collect(self.epoch)
-        yield rollout
-        self.epoch += 1
+        """Collective: one rollout, unless it is consumed."""
+        if not self.consumed:
+            self._cluster.recorder.enter("steps of the environments", self.epoch + 1)
+            with torch.no_grad(), evaluating(self._model):
+                rollout = self._collect(self.epoch)
+            yield rollout
+        self.epoch, self.consumed = self.epoch + 1, 0
 
     def _collect(self, update: int) -> Rollout:
         num_steps, num_envs = self._settings.ppo.num_steps, len(self._envs)

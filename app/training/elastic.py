@@ -34,6 +34,7 @@ class Run:
     settings: Settings
     resume: bool
     folder: RunFolder
+    is_over: bool = False
 
     @staticmethod
     def open(settings: Settings, resume: bool, elastic: bool) -> "Run":
@@ -42,18 +43,21 @@ class Run:
         In an elastic job it may be that all who knew have been lost; then the folder tells.
 
         Raises:
-            SettingsError: `run_dir` holds something already, or a logger's package is missing.
+            SettingsError: `run_dir` holds something already, or with `resume` nothing to go on with, or a finished run
+                that `settings` would change; or a logger's package is missing.
             StorageError: the folder cannot be made or written.
         """
         check_loggers(settings.logger_names)  # before a folder is left behind
         if not elastic:
-            return Run(settings, resume, RunFolder.reopen(settings) if resume else RunFolder.create(settings))
+            folder = RunFolder.reopen(settings) if resume else RunFolder.create(settings)
+            return Run(settings, resume, folder, is_over=resume and folder.is_over(settings))
         left = Path(settings.run_dir) if settings.run_dir else DEFAULT_RUN.resolve()
         with contextlib.suppress(OSError):
             if (left / JOB).read_text() == job_name():
                 return Run(settings, True, RunFolder(left))
         run = Run.open(settings, resume, elastic=False)
-        run.folder.write(JOB, job_name())
+        if not run.is_over:
+            run.folder.write(JOB, job_name())
         return run
 
 

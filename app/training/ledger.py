@@ -1,9 +1,13 @@
 """The ledger: which rank learned from which samples in which update, so that nobody need believe the plan.
 
-Each rank appends to a file of its own, ledger/<attempt>-<start>-<rank>.bin: little-endian int64, first the number of
-samples in the data set, then for every update the numbers (update, epoch, skipped, n) and n sample ids. An attempt that
-resumed at update s replaces whatever earlier attempts had done from s on: that work was lost with the process. Of the
-last attempt only the updates count that every rank has written down: the others were lost, too, or go on.
+Each rank appends to a file of its own, ledger/<attempt>-<start>-<rank>-of-<ranks>.bin: little-endian int64, first the
+number of samples in the data set, then for every update the numbers (update, epoch, skipped, n) and n sample ids. An
+attempt that resumed at update s replaces whatever earlier attempts had done from s on: that work was lost with the
+process. Of the last attempt only the updates count that every rank has written down: the others were lost, too, or go
+on.
+
+What was cut off leaves no trace in a file. So `find_gaps` asks for every update that was done, as checkpoints and the
+summary count them, of every rank.
 """
 
 import os
@@ -41,9 +45,9 @@ class Ledger:
                 self._file.write(np.array([num_samples], dtype="<i8").tobytes())
 
     @staticmethod
-    def path(run: Path, attempt: int, start: int, rank: int) -> Path:
-        """The file of one rank in attempt 0, 1, ..., which begins after `start` updates."""
-        return run / FOLDER / f"{attempt:06d}-{start:012d}-{rank:06d}.bin"
+    def path(run: Path, attempt: int, start: int, rank: int, num_ranks: int) -> Path:
+        """The file of one of `num_ranks` ranks in attempt 0, 1, ..., which begins after `start` updates."""
+        return run / FOLDER / f"{attempt:06d}-{start:012d}-{rank:06d}-of-{num_ranks:06d}.bin"
 
     def announce(self, update: int, epoch: int, ids: Ids) -> None:
         """These samples are about to be learned from on this rank, if all goes well: before gradients are summed."""
@@ -114,9 +118,32 @@ class Account:
         return self.num_used == self.num_distinct <= self.num_samples
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """What all ranks have written in one attempt.
+
+    Attributes:
+        start: updates done before it.
+        missing: ranks whose file is not there.
+        sizes: of the data set, as the files say that are not empty.
+        files: the file and the entries of each rank.
+    """
+
+    number: int
+    start: int
+    missing: list[int]
+    sizes: set[int]
+    files: dict[Path, list[Entry]]
+
+    @property
+    def written_by_all(self) -> int:
+        """The update before which all ranks have written all of this attempt."""
+        return 0 if self.missing else min(each[-1].update + 1 if each else 0 for each in self.files.values())
+
+
 def last_attempt(run: Path) -> int:
     """The number of the last attempt in the ledger of `run`; -1 where there is none."""
-    return max((attempt for attempt, _, _, _ in _files(run)), default=-1)
+    return max((name.attempt for name in _files(run)), default=-1)
 
 
 def read_ledger(run: Path) -> list[Account]:
@@ -125,7 +152,9 @@ def read_ledger(run: Path) -> list[Account]:
     Raises:
         StorageError: there is no ledger, or a file of it was altered.
     """
-    num_samples, entries = _read(run)
+    attempts = _read(run)
+    num_samples = max((size for attempt in attempts for size in attempt.sizes), default=0)
+    entries = _counted(attempts)
     accounts = []
     for epoch in range(max((entry.epoch for entry in entries), default=-1) + 1):
         parts = [entry for entry in entries if entry.epoch == epoch]
@@ -135,48 +164,111 @@ def read_ledger(run: Path) -> list[Account]:
     return accounts
 
 
+def find_gaps(run: Path, num_updates: int, num_used: int) -> list[str]:
+    """What the ledger does not hold of the `num_updates` updates that were done, and of those that a later attempt
+    took for done: each a sentence. None in a ledger that is whole.
+
+    Args:
+        num_used: samples that were used in these updates.
+
+    Raises:
+        StorageError: there is no ledger, or a file of it was altered.
+    """
+    attempts = _read(run)
+    gaps, done, why = [], 0, ""
+    for index, (attempt, stop) in enumerate(zip(attempts, _stops(attempts), strict=True)):
+        if any(later.start <= attempt.start for later in attempts[index + 1 :]):
+            continue  # replaced as a whole, and perhaps killed before it had all its files
+        if attempt.start > done:
+            gaps.append(f"updates {done + 1} ... {attempt.start} are missing{why}")
+        done = max(stop, attempt.start)
+        for file, entries in attempt.files.items():
+            if [entry.update for entry in entries if entry.update < stop] != list(range(attempt.start, done)):
+                gaps.append(f"{file.name} does not hold updates {attempt.start + 1} ... {done}, each once")
+        ranks = ", ".join(map(str, attempt.missing))
+        why = f": attempt {attempt.number} has no file of rank {ranks}" if ranks else ""
+    if done < num_updates:
+        gaps.append(f"updates {done + 1} ... {num_updates} are missing{why}")
+    held = sum(len(entry.ids) for entry in _counted(attempts) if entry.update < num_updates)
+    if not gaps and held != num_used:
+        gaps.append(f"{held} samples stand in the first {num_updates} updates, which have used {num_used}")
+    if len({size for attempt in attempts for size in attempt.sizes}) > 1:
+        gaps.append("its files do not agree on the number of samples in the data set")
+    return gaps
+
+
 def ledger_digest(run: Path) -> str:
     """The sha256 over which rank used which samples in which update, hexadecimal: the same however often it stopped.
 
     Raises:
         StorageError: there is no ledger, or a file of it was altered.
     """
-    _, entries = _read(run)
-    in_order = sorted(entries, key=lambda entry: (entry.update, entry.rank))
+    in_order = sorted(_counted(_read(run)), key=lambda entry: (entry.update, entry.rank))
     return content_hash([[entry.update, entry.rank, entry.epoch, entry.skipped, entry.ids] for entry in in_order])
 
 
-def _read(run: Path) -> tuple[int, list[Entry]]:
-    """The number of samples, and every entry that counts."""
-    files = _files(run)
-    if not files:
+def _counted(attempts: list[_Attempt]) -> list[Entry]:
+    """Every entry that was not lost or replaced."""
+    stops = _stops(attempts)
+    return [
+        entry
+        for attempt, stop in zip(attempts, stops, strict=True)
+        for entries in attempt.files.values()
+        for entry in entries
+        if entry.update < stop
+    ]
+
+
+def _stops(attempts: list[_Attempt]) -> list[int]:
+    """Of each attempt, the first update that does not count."""
+    return [
+        min([attempt.written_by_all, *(later.start for later in attempts[index + 1 :])])
+        for index, attempt in enumerate(attempts)
+    ]
+
+
+def _read(run: Path) -> list[_Attempt]:
+    """All attempts in order."""
+    names = _files(run)
+    if not names:
         raise StorageError(f"{run} holds no ledger: train with --proof.ledger true")
-    num_samples, counted = 0, []
-    for attempt in {attempt for attempt, _, _, _ in files}:
-        of_ranks = []
-        for number, _, rank, file in files:
-            if number == attempt:
-                samples, entries = _read_file(file, rank)
-                num_samples = max(num_samples, samples)
-                of_ranks.append(entries)
-        replaced_from = [start for later, start, _, _ in files if later > attempt]
-        written_by_all = min(entries[-1].update + 1 if entries else 0 for entries in of_ranks)
-        stop = min([written_by_all, *replaced_from])
-        counted += [entry for entries in of_ranks for entry in entries if entry.update < stop]
-    return num_samples, counted
+    attempts = []
+    for number in sorted({name.attempt for name in names}):
+        of_ranks = [name for name in names if name.attempt == number]
+        num_ranks = max(max(name.rank + 1, name.num_ranks) for name in of_ranks)
+        missing = sorted(set(range(num_ranks)) - {name.rank for name in of_ranks})
+        sizes: set[int] = set()
+        files = {}
+        for name in of_ranks:
+            size, files[name.file] = _read_file(name.file, name.rank)
+            sizes |= set() if size is None else {size}
+        attempts.append(_Attempt(number, of_ranks[0].start, missing, sizes, files))
+    return attempts
 
 
-def _files(run: Path) -> list[tuple[int, int, int, Path]]:
-    """(attempt, start, rank, file) of every file, in order."""
+@dataclass(frozen=True)
+class _Name:
+    """What the name of a file says; `num_ranks` 0: nothing, as in older ledgers."""
+
+    attempt: int
+    start: int
+    rank: int
+    num_ranks: int
+    file: Path
+
+
+def _files(run: Path) -> list[_Name]:
+    """Every file, in order."""
     found = []
     for file in sorted((run / FOLDER).glob("*.bin")):
-        if match := re.fullmatch(r"(\d+)-(\d+)-(\d+)\.bin", file.name):
-            found.append((int(match[1]), int(match[2]), int(match[3]), file))
+        if match := re.fullmatch(r"(\d+)-(\d+)-(\d+)(?:-of-(\d+))?\.bin", file.name):
+            attempt, start, rank, num_ranks = (int(number or 0) for number in match.groups())
+            found.append(_Name(attempt, start, rank, num_ranks, file))
     return found
 
 
-def _read_file(file: Path, rank: int) -> tuple[int, list[Entry]]:
-    """The number of samples and the entries; a last entry that a kill has cut short is left out."""
+def _read_file(file: Path, rank: int) -> tuple[int | None, list[Entry]]:
+    """The number of samples, unless the file is empty, and the entries; a last one that was cut short is left out."""
     raw = file.read_bytes()
     numbers: Ids = np.frombuffer(raw[: len(raw) // 8 * 8], dtype="<i8").astype(np.int64)
     entries = []
@@ -189,4 +281,4 @@ def _read_file(file: Path, rank: int) -> tuple[int, list[Entry]]:
         if len(ids) == length:
             entries.append(Entry(rank, update, epoch, bool(skipped), ids))
         position += 4 + length
-    return int(numbers[0]) if len(numbers) else 0, entries
+    return int(numbers[0]) if len(numbers) else None, entries

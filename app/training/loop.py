@@ -74,9 +74,11 @@ class Trainer:
         self._repeats_checkpoint = handover is not None and self._checkpoint_is_due()
         if self.progress.step == 0:
             strategy.synchronise()
+        cluster.on_root(folder.withdraw_conclusions)  # before the journal and the ledger no longer hold them
         attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
-        ledger = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank) if settings.proof.ledger else None
-        self._ledger = Ledger(ledger, self.loader.num_samples, ahead=cluster.is_elastic)
+        path = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank, cluster.size)
+        keeps = settings.proof.ledger
+        self._ledger = Ledger(path if keeps else None, self.loader.num_samples, ahead=cluster.is_elastic)
         if cluster.is_elastic:
             cluster.barrier()  # no update counts before every rank can write it down
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
@@ -262,10 +264,12 @@ class Trainer:
             return 0
         counters = found.counters
         for name, now in self._must_stay.items():
-            if counters["must_stay"][name] != now:
-                was = counters["must_stay"][name]
+            if (was := counters["must_stay"].get(name, now)) != now:  # older checkpoints do not say all
                 message = f"{name} is {now} and was {was}: a run that goes on cannot change it"
                 raise SettingsError(message).on_all_ranks()
+        if found.step > self._num_updates:
+            message = f"the run has done {found.step} updates, and the settings ask for {self._num_updates} in all"
+            raise SettingsError(f"{message}: it cannot become shorter than it is").on_all_ranks()
         self.strategy.load_state(found)
         self.progress = Progress(**counters["progress"])
         self._saved_step = -1 if handover else self.progress.step

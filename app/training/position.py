@@ -63,6 +63,7 @@ def what_must_stay(settings: Settings, of_task: Mapping[str, Any], num_shards: i
         "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
         "gradient.reduction": settings.gradient.reduction,
         "gradient.wire": settings.gradient.wire,
+        "proof.ledger": settings.proof.ledger,  # one that begins in mid-run, or ends there, would prove nothing
         **of_task,
         "optimizer.name": settings.optimizer.name,
         "optimizer.decay_vectors": settings.optimizer.decay_vectors,

@@ -1,7 +1,8 @@
 """The folder that a run leaves behind. Rank 0 alone touches it, but for recorder/, ledger/, profile/ and, of a model in
 parts, checkpoints/, which all ranks must see.
 
-settings.yaml      every setting of the run, ready for --config
+settings.yaml      every setting of the run, as it holds now, ready for --config
+settings.history.jsonl   a line an attempt: from which update, on how many ranks, and what it changed
 environment.json   versions, hardware, the ranks and how they were started
 metrics.jsonl      one JSON object a log line
 checkpoints/       what to go on from (checkpoint.py)
@@ -24,7 +25,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,9 +35,13 @@ from app.cluster.failure import SettingsError, StorageError
 from app.config import Settings
 from app.parallel.merge import state_digest
 from app.settings import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_settings
+from app.training.history import as_saved, changes, goes_on
 from app.training.tensor_file import TensorFileWriter
 
 MODEL = "model.safetensors"
+SUMMARY = "summary.json"
+EVALUATION = "evaluation.json"
+HISTORY = "settings.history.jsonl"
 LOCK = ".lock"
 SECONDS_A_LOOK = 0.5  # for a lock
 
@@ -69,17 +73,29 @@ class RunFolder:
 
     @staticmethod
     def reopen(settings: Settings) -> "RunFolder":
-        """The folder of a run that goes on; one that never began is made.
+        """The folder of a run that goes on, or that never began.
 
         Raises:
-            StorageError: it cannot be written.
+            SettingsError: there is none.
         """
-        if settings.run_dir is None:
-            return RunFolder.create(settings)
-        folder = RunFolder(Path(settings.run_dir))
-        with storage_errors():
-            folder.path.mkdir(parents=True, exist_ok=True)
-        return folder
+        path = Path(settings.run_dir or DEFAULT_RUN)
+        if not path.is_dir():
+            raise SettingsError(f"--resume goes on with {path}, and there is no such folder: a new run has no --resume")
+        return RunFolder(path)
+
+    def is_over(self, settings: Settings) -> bool:
+        """The run is finished, and `settings` ask for nothing more; if they ask for more epochs, it goes on.
+
+        Raises:
+            SettingsError: it is finished, and they are another run's; or there is nothing to go on from.
+        """
+        if not (self.path / SUMMARY).exists():
+            return False
+        if not goes_on(self.load_settings(), settings, f"{self.path} is finished"):
+            return True
+        if not any((self.path / "checkpoints").glob("[0-9]*")):
+            raise SettingsError(f"{self.path} is finished and has no checkpoint: it cannot go on for longer")
+        return False
 
     @contextlib.contextmanager
     def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
@@ -136,13 +152,25 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def begin(self, settings: Settings, environment: Mapping[str, Any]) -> None:
-        """Record what this attempt runs with; what an earlier one has concluded no longer stands."""
+    def withdraw_conclusions(self) -> None:
+        """What an earlier attempt has concluded no longer stands: the run goes on."""
         with storage_errors():
-            for conclusion in ("summary.json", "evaluation.json"):
+            for conclusion in (SUMMARY, EVALUATION):
                 (self.path / conclusion).unlink(missing_ok=True)
-        # For --config and --resume, where the folder's own name would be in the way, and what was profiled is over.
-        self.write(SETTINGS_FILE, dump_settings(replace(settings, run_dir=None, profile=None)))
+
+    def begin(self, settings: Settings, environment: Mapping[str, Any], update: int = 0) -> None:
+        """Record what this attempt, which goes on after `update` updates, runs with, and what it has changed."""
+        history, saved = self.path / HISTORY, self.path / SETTINGS_FILE
+        with storage_errors():
+            before = history.read_text() if history.exists() else ""
+        attempt = {
+            "update": update,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "num_ranks": len(environment.get("ranks", ())),
+            "changed": changes(self.load_settings(), settings) if saved.exists() else {},
+        }
+        self.write(HISTORY, f"{before}{json.dumps(attempt)}\n")  # first: a kill in between leaves it twice, not never
+        self.write(SETTINGS_FILE, dump_settings(as_saved(settings)))
         self.write_json("environment.json", environment)
 
     def load_settings(self, trust: bool = False) -> Settings:

@@ -7,7 +7,7 @@ from app.cluster.hints import suggest
 from app.cluster.recorder import stragglers
 from app.tasks.task import Evaluation
 from app.training.position import Progress
-from app.training.run_folder import MODEL, RunFolder, json_number
+from app.training.run_folder import EVALUATION, MODEL, SUMMARY, RunFolder, json_number
 from app.training.tensor_file import TensorFileWriter
 
 GROUPS = {  # of the phases that ranks record
@@ -61,8 +61,8 @@ def write_summary(
         "num_samples": progress.num_samples,
         "samples_per_second": round(progress.samples_per_second, 1),
     }
-    folder.write_json("summary.json", summary)
-    folder.write_json("evaluation.json", {**evaluation.counts, **evaluation.details})
+    folder.write_json(EVALUATION, {**evaluation.counts, **evaluation.details})
+    folder.write_json(SUMMARY, summary)  # last: a run that has one is finished
     return summary
 
 

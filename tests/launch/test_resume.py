@@ -1,6 +1,7 @@
 """Runs that are really killed, and go on: with the README's commands, through kills and other numbers of ranks."""
 
 import hashlib
+import json
 import shlex
 import time
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
+    (tmp_path / "run" / "summary.json").unlink()  # killed before it was through
     verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
     verified = launch(verify, cwd=tmp_path)
     assert verified.returncode == 5
@@ -76,12 +78,65 @@ def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path
 
 def test_a_run_that_never_began_begins(tmp_path: Path) -> None:
     """What a job script says each time it is started: go on, if there is something to go on from."""
+    (tmp_path / "run").mkdir()
     finished = launch(
         f"python {shlex.quote(str(TRAIN))} --resume --run_dir run --data.name synthetic --data.num_samples 32",
         cwd=tmp_path,
     )
     assert finished.returncode == 0, finished.output
     assert "no checkpoint yet: the run begins at update 0" in finished.stdout
+
+
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path: Path) -> None:
+    for where in ("--run_dir run", ""):
+        finished = launch(f"python {shlex.quote(str(TRAIN))} --resume {where}", cwd=tmp_path)
+        assert finished.returncode == 2, finished.output
+        assert "there is no such folder" in finished.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None:
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
+    assert launch(f"{train} {quick} --num_epochs 1 --proof.ledger true", cwd=tmp_path).returncode == 0
+    run = tmp_path / "run"
+    before = _contents(run)
+    refused = launch(f"{train} --resume --optimizer.learning_rate 0.3", cwd=tmp_path)
+    assert refused.returncode == 2, refused.output
+    assert "run is finished, and optimizer.learning_rate is 0.3 and was 0.05" in refused.stderr
+    over = launch(f"{train.replace('-np 2', '-np 1')} --resume", cwd=tmp_path)
+    assert over.returncode == 0, over.output
+    assert "is finished: nothing is left to do" in over.stdout
+    assert _contents(run) == before
+    longer = launch(f"{train} --resume --num_epochs 2 --optimizer.learning_rate 0.01", cwd=tmp_path)
+    assert longer.returncode == 0, longer.output
+    first, second = (json.loads(line) for line in (run / "settings.history.jsonl").read_text().splitlines())
+    assert (first["update"], first["num_ranks"], first["changed"]) == (0, 2, {})
+    assert (second["update"], second["num_ranks"]) == (4, 2)
+    assert second["changed"] == {"num_epochs": [1, 2], "optimizer.learning_rate": [0.05, 0.01]}
+    verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
+    assert launch(verify, cwd=tmp_path).returncode == 0
+    for file in run.glob("ledger/*"):
+        file.write_bytes(file.read_bytes()[:8])
+    cut = launch(verify, cwd=tmp_path)
+    assert cut.returncode == 5, cut.output
+    assert "ledger: NOT whole: updates 1 ... 4 are missing" in cut.stdout
+    for file in run.glob("ledger/*"):
+        file.unlink()
+    gone = launch(verify, cwd=tmp_path)
+    assert gone.returncode == 5, gone.output
+    assert "ledger: GONE" in gone.stdout
+
+
+def test_a_certificate_without_a_kill_is_refused() -> None:
+    for ranks in ("1", "2", "2,0", "two"):
+        finished = launch(f"python app/verify_resume.py --ranks {ranks}")
+        assert finished.returncode == 2, finished.output
+        assert "two or more numbers of ranks" in finished.stderr
 
 
 def test_the_certificate_on_the_same_number_of_ranks() -> None:

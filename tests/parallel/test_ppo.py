@@ -14,6 +14,7 @@ from app.cluster.failure import SettingsError
 from app.cluster.race import Race
 from app.config import CheckpointSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
 from app.tasks.ppo import Ppo
+from app.tasks.task import Evaluation
 from app.training.build import build_trainer
 from app.training.loop import Trainer
 from app.training.run_folder import RunFolder
@@ -80,6 +81,36 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_never_stopped(clus
     assert str(evaluation) == never_evaluation
     found = whole_values(trainer.strategy)
     assert all(torch.equal(found[name], tensor) for name, tensor in never.items())
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("num_done", [1, 2, 3])
+def test_an_evaluation_that_was_due_at_the_checkpoint_is_made_by_the_one_who_goes_on(
+    cluster: Cluster, tmp_path: Path, num_done: int
+) -> None:
+    """Killed between the checkpoint and the evaluation of the same update: one record of each, as without a stop."""
+    folder = cluster.on_root(lambda: tmp_path)
+    settings = replace(SETTINGS, evaluate_every=1, checkpoint=CheckpointSettings(interval=1))
+    never, *_ = _run(cluster, settings, folder / "never")
+    stopped = _build(cluster, settings, folder / "stopped")
+
+    def killed(epoch: int) -> Evaluation:
+        if epoch + 1 == num_done:
+            stopped.writer.wait()
+            raise InterruptedError
+        return evaluate(epoch)
+
+    evaluate, stopped._evaluate = stopped._evaluate, killed  # type: ignore[method-assign]
+    with pytest.raises(InterruptedError):
+        stopped.train()
+    cluster.barrier()
+    trainer = _build(cluster, settings, folder / "stopped", resume=True)
+    assert trainer.progress.step == num_done
+    trainer.train()
+    if cluster.is_root:
+        found = [json.loads(line) for line in (folder / "stopped" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in found if line["kind"] == "held_out"] == [1, 2, 3, 4]
+        assert found == never
 
 
 @pytest.mark.world_size(2)

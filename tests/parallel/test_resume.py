@@ -270,6 +270,7 @@ def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
         ({"data": replace(SETTINGS.data, num_samples=60)}, "the number of samples is 60 and was 50"),
         ({"optimizer": ADAM.optimizer}, "optimizer.name is adam and was sgd"),
         ({"model": replace(SETTINGS.model, dropout1=0.0)}, "model is"),
+        ({"proof": replace(SETTINGS.proof, ledger=False)}, "proof.ledger is False and was True"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -282,3 +283,5 @@ def test_what_a_run_cannot_change_is_refused_when_it_goes_on(
         build_trainer(cluster, replace(SETTINGS, **change), folder, resume=True)
     assert caught.value.shared
     _run(cluster, replace(SETTINGS, num_epochs=2), folder, resume=True)  # the length may change
+    with pytest.raises(SettingsError, match="14 updates, and the settings ask for 7 in all"):
+        build_trainer(cluster, replace(SETTINGS, num_epochs=1), folder, resume=True)
