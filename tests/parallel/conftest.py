@@ -84,7 +84,18 @@ def _world_size(item: pytest.Item) -> int | None:
 def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Reports:
     """The reports of the tests that this world got through: all of `nodeids`, or up to the first that failed."""
     with TemporaryDirectory(prefix="lockstep-world-") as folder:
-        pytest_command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider", *nodeids]
+        pytest_command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "",
+            "--quiet",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *nodeids,
+        ]
         try:
             output = launch(
                 ["mpirun", "-np", str(size), *pytest_command],
