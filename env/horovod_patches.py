@@ -210,7 +210,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            with self._rendezvous._httpd.cache_lock:\n"
             "                self._rendezvous._httpd.cache.setdefault('lockstep', {})['again'] = b'yes'\n"
             "            rendezvous_id = self._worker_registry.record_failure(",
-            "elastic: those who wait for a new worker hear at once that it has died (app/cluster/rendezvous.py)",
+            "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
         ),
     ]
 

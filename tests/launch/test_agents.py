@@ -26,7 +26,7 @@ def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
     assert summary["num_episodes"] == 100
     assert summary["return"] >= 475
     assert f"Return: {summary['return']:.2f}" in trained.stdout
-    reported = launch(f"env/run python app/report.py {tmp_path}/run")
+    reported = launch(f"env/run lockstep report {tmp_path}/run")
     assert reported.returncode == 0, reported.output
     assert "Returns" in (tmp_path / "run" / "report.html").read_text()
     play = evaluate.replace("runs/latest", f"{tmp_path}/run").replace("play.gif", f"{tmp_path}/play.gif")
@@ -44,7 +44,7 @@ def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert _summary(tmp_path / "run")["return"] == pytest.approx(0.75)
-    evaluated = launch("python app/evaluate.py run --episodes 7", cwd=tmp_path)
+    evaluated = launch("lockstep evaluate run --episodes 7", cwd=tmp_path)
     assert "Return: 0.75 +- 0.00 in 7 episodes" in evaluated.stdout, evaluated.output
 
 
@@ -61,7 +61,7 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
     trained = launch(f"mpirun -np 2 python app/train.py --config {preset} {few}", timeout_seconds=180)
     assert trained.returncode == 0, trained.output
     assert _summary(tmp_path / "run")["num_episodes"] == 2
-    seen = launch(f"python app/evaluate.py {tmp_path}/run --episodes 1 --record {tmp_path}/play.gif")
+    seen = launch(f"lockstep evaluate {tmp_path}/run --episodes 1 --record {tmp_path}/play.gif")
     assert seen.returncode == 0, seen.output
     with Image.open(tmp_path / "play.gif") as picture:
         assert len(picture.convert("RGB").getcolors(2**16) or []) > 2  # something is drawn
@@ -84,6 +84,6 @@ def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: P
 def test_a_run_of_one_task_is_not_evaluated_as_another(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
     assert launch(f"python app/train.py {quick} --run_dir {tmp_path}/run").returncode == 0
-    finished = launch(f"python app/evaluate.py {tmp_path}/run --episodes 3")
+    finished = launch(f"lockstep evaluate {tmp_path}/run --episodes 3")
     assert finished.returncode == 2
     assert "has learned to classify" in finished.output

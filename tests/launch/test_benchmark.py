@@ -11,7 +11,7 @@ SHORT = "--rounds 2 --updates 5 --data.name synthetic --data.num_samples 500 --d
 
 
 def test_throughput_leaves_a_table_json_and_a_picture(tmp_path: Path) -> None:
-    finished = launch(f"horovodrun -np 2 python app/benchmark.py throughput {SHORT} --out {tmp_path}")
+    finished = launch(f"horovodrun -np 2 lockstep benchmark throughput {SHORT} --out {tmp_path}")
     assert finished.returncode == 0, finished.output
     assert "its limit" in finished.stdout
     result = json.loads((tmp_path / "throughput.json").read_text())
@@ -23,7 +23,7 @@ def test_throughput_leaves_a_table_json_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_comm_fits_forecasts_and_compares_with_the_link(tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 2 python app/benchmark.py comm {SHORT} --link_gbits 1000 --out {tmp_path}")
+    finished = launch(f"mpirun -np 2 lockstep benchmark comm {SHORT} --link_gbits 1000 --out {tmp_path}")
     assert finished.returncode == 0, finished.output
     assert (tmp_path / "comm.png").is_file()
     result = json.loads((tmp_path / "comm.json").read_text())
@@ -38,7 +38,7 @@ def test_comm_fits_forecasts_and_compares_with_the_link(tmp_path: Path) -> None:
 def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
     others = "--updates 5 --data.name synthetic --data.num_samples 500"
     finished = launch(
-        f"python app/benchmark.py scaling --ranks 1,2 --rounds 1 --batch_size_per_rank 8 --out {tmp_path} {others}"
+        f"lockstep benchmark scaling --ranks 1,2 --rounds 1 --batch_size_per_rank 8 --out {tmp_path} {others}"
     )
     assert finished.returncode == 0, finished.output
     result = json.loads((tmp_path / "scaling.json").read_text())
@@ -56,7 +56,7 @@ def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_message(args: str, told: str) -> None:
-    finished = launch(f"python app/benchmark.py {args}", timeout_seconds=60)
+    finished = launch(f"lockstep benchmark {args}", timeout_seconds=60)
     assert finished.returncode == 2, finished.output
     assert told in finished.stderr
     assert "Traceback" not in finished.output

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.installation import read_installation
+from lockstep.runtime.installation import read_installation
 from tests.launch.doctor import PYTHON, as_root, faults_of, launch_line_of, see_the_doctor
 from tests.launching import ROOT, Finished, across_nodes
 from tests.slurm_cluster import SlurmCluster

@@ -1,4 +1,4 @@
-"""Some of the faults under each launcher; app/drill.py without options injects all.
+"""Some of the faults under each launcher; lockstep drill without options injects all.
 
 Not the cut link under Slurm, which takes a minute to start the next step. That a drill fails where it should is tested
 in tests/unit/test_drill.py.

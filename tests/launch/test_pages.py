@@ -30,14 +30,14 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "my_world.Corridor": "test_agents.py::test_an_environment_and_a_policy_of_ones_own",
     "my_shapes.Shapes": "test_vision.py::test_a_data_set_and_a_network_of_ones_own",
     "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed",
-    "app/drill.py": "test_drill.py::test_under_mpirun",
-    "app/verify_resume.py": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
-    "app/benchmark.py throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
-    "app/benchmark.py scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
-    "np 2 python app/benchmark.py comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
-    "app/benchmark.py sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
-    "app/benchmark.py pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
-    "app/merge.py": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
+    "lockstep drill": "test_drill.py::test_under_mpirun",
+    "lockstep verify --resume": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
+    "lockstep benchmark throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
+    "lockstep benchmark scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
+    "np 2 lockstep benchmark comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
+    "lockstep benchmark sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
+    "lockstep benchmark pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
+    "lockstep merge": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--parallel zero3": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--config seed": "test_programs.py::test_the_seeds_run_prints_the_seeds_lines",
     "--data.name image_folder": "test_vision.py::test_a_folder_of_images_is_learned_by_ranks_with_workers",
@@ -107,7 +107,7 @@ def _shortened(line: str) -> str:
     line = line.replace("/scratch/me", ".")
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
-    if "app/benchmark.py" in line:
+    if "lockstep benchmark" in line:
         return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark"
     return f"{line} {FEW_ROUNDS}" if "benchmarks/" in line else line
 

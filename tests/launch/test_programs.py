@@ -110,7 +110,7 @@ def test_an_unexpected_error_is_told_once_and_ends_all_ranks(failing: str, tmp_p
     program = tmp_path / "fails.py"
     program.write_text(
         "import torch\n"
-        "from app.cluster.program import run_program\n"
+        "from lockstep.comm.program import run_program\n"
         "def main(cluster):\n"
         "    rank = cluster.rank\n"
         f"    if {failing}:\n"
@@ -164,10 +164,10 @@ def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None
     """Rank 1 cannot import a module, as on a node with a broken installation, while rank 0 waits for it."""
     program = tmp_path / "fails.py"
     program.write_text(
-        "from app.cluster.mpi import rank_in_job\n"
+        "from lockstep.comm.ranks import rank_in_job\n"
         "if rank_in_job() == 1:\n"
         "    import a_module_that_this_node_lacks\n"
-        "from app.cluster.program import run_program\n"
+        "from lockstep.comm.program import run_program\n"
         "run_program(lambda cluster: None)\n"
     )
     finished = launch(f"mpirun -np 2 python {shlex.quote(str(program))}", timeout_seconds=60, cwd=tmp_path)
@@ -177,7 +177,7 @@ def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None
 
 def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path) -> None:
     program = tmp_path / "meets.py"
-    program.write_text("from app.cluster.program import run_program\nrun_program(lambda cluster: None)\n")
+    program.write_text("from lockstep.comm.program import run_program\nrun_program(lambda cluster: None)\n")
     python = f"python {shlex.quote(str(program))}"
     command = f"mpirun -np 1 env OMP_NUM_THREADS=1 {python} : -np 1 {python}"
     assert launch(command, timeout_seconds=60, cwd=tmp_path).returncode == 0

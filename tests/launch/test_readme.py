@@ -20,7 +20,7 @@ def test_the_first_command_reaches_its_accuracy_and_evaluate_repeats_it(tmp_path
     assert summary["accuracy"] >= 0.95
     line = f"Accuracy: {summary['accuracy']:.4f} on 1000 held-out samples"
     assert line in trained.stdout
-    evaluated = launch(f"env/run python app/evaluate.py {tmp_path}/run")
+    evaluated = launch(f"env/run lockstep evaluate {tmp_path}/run")
     assert evaluated.returncode == 0, evaluated.output
     assert line in evaluated.stdout
 
@@ -35,7 +35,7 @@ def test_check_build_ticks_what_is_needed() -> None:
 def test_an_activated_shell_needs_no_env_run(tmp_path: Path) -> None:
     """`source env/activate`, in a shell that has not got the environment yet."""
     finished = launch(
-        f"source {shlex.quote(str(ROOT))}/env/activate && python -m app.train --print_config", cwd=tmp_path
+        f"source {shlex.quote(str(ROOT))}/env/activate && python -m lockstep.training.run --print_config", cwd=tmp_path
     )
     assert finished.returncode == 0, finished.output
     assert "num_epochs: " in finished.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from app.training.checkpoint import list_checkpoints
+from lockstep.training.checkpoint import list_checkpoints
 from tests.launching import ENVIRONMENT, ROOT, launch, running
 
 TRAIN = ROOT / "app" / "train.py"
@@ -134,13 +134,13 @@ def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None
 
 def test_a_certificate_without_a_kill_is_refused() -> None:
     for ranks in ("1", "2", "2,0", "two"):
-        finished = launch(f"python app/verify_resume.py --ranks {ranks}")
+        finished = launch(f"lockstep verify --resume --ranks {ranks}")
         assert finished.returncode == 2, finished.output
         assert "two or more numbers of ranks" in finished.stderr
 
 
 def test_the_certificate_on_the_same_number_of_ranks() -> None:
-    finished = launch("python app/verify_resume.py --ranks 2,2", timeout_seconds=400)
+    finished = launch("lockstep verify --resume --ranks 2,2", timeout_seconds=400)
     assert finished.returncode == 0, finished.output
     assert "CERTIFIED: identical" in finished.stdout
     assert finished.stdout.count(" identical\n") == 5
@@ -150,7 +150,7 @@ def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> Non
     small = (
         "--model.name vit --model.vit.width 32 --model.vit.depth 1 --model.vit.num_heads 2 --model.vit.patch_size 14"
     )
-    finished = launch(f"python app/verify_resume.py --ranks 2,2,3,1 -- {small}", timeout_seconds=600)
+    finished = launch(f"lockstep verify --resume --ranks 2,2,3,1 -- {small}", timeout_seconds=600)
     assert finished.returncode == 0, finished.output
     assert "CERTIFIED: equal within 1e-09" in finished.stdout
     assert finished.stdout.count("killed: ") == 3

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from app.parallel.merge import state_digest
-from app.parallel.parts import Part
-from app.training.checkpoint import commit, list_checkpoints, verify_checkpoint, write_parts
+from lockstep.parallel.merge import state_digest
+from lockstep.parallel.tensor_slices import Part
+from lockstep.training.checkpoint import commit, list_checkpoints, verify_checkpoint, write_parts
 from tests.launching import ROOT, launch
 
 PYTHON_IN = f"python {shlex.quote(str(ROOT / 'app'))}"
@@ -67,7 +67,7 @@ def _accuracy(output: str) -> str:
 
 def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     certified = launch(
-        "python app/verify_resume.py --ranks 2,2 -- --parallel zero3 --num_epochs 1", timeout_seconds=250, cwd=ROOT
+        "lockstep verify --resume --ranks 2,2 -- --parallel zero3 --num_epochs 1", timeout_seconds=250, cwd=ROOT
     )
     assert certified.returncode == 0, certified.output
     assert "CERTIFIED: identical" in certified.stdout
@@ -104,7 +104,7 @@ def test_a_merge_needs_memory_for_its_largest_tensor_only(tmp_path: Path) -> Non
         written.append(write_parts(tmp_path / "checkpoints", 5, parts, rank))
     commit(tmp_path / "checkpoints", 5, written, {}, keep=1)
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import app.merge as merge; "
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import lockstep.commands.merge as merge; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; merge.main(); "
         "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -120,7 +120,7 @@ def test_a_merge_needs_memory_for_its_largest_tensor_only(tmp_path: Path) -> Non
 
 def test_the_sharding_benchmark_proves_and_counts(tmp_path: Path) -> None:
     finished = launch(
-        f"mpirun -np 2 python app/benchmark.py sharding --updates 3 --model.vit.width 64 --out {tmp_path}",
+        f"mpirun -np 2 lockstep benchmark sharding --updates 3 --model.vit.width 64 --out {tmp_path}",
         timeout_seconds=200,
     )
     assert finished.returncode == 0, finished.output
@@ -136,7 +136,7 @@ def test_the_sharding_benchmark_proves_and_counts(tmp_path: Path) -> None:
 
 def test_the_pipeline_benchmark_tells_its_ideal(tmp_path: Path) -> None:
     settings = "--rounds 2 --updates 2 --model.name vit --gradient.num_micro_batches 4 --data.name synthetic"
-    finished = launch(f"mpirun -np 2 python app/benchmark.py pipeline {settings} --out {tmp_path}")
+    finished = launch(f"mpirun -np 2 lockstep benchmark pipeline {settings} --out {tmp_path}")
     assert finished.returncode == 0, finished.output
     result = json.loads((tmp_path / "pipeline.json").read_text())
     assert (result["num_stages"], result["bubble"]) == (2, 1 / 5)

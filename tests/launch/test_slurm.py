@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.training.checkpoint import list_checkpoints
+from lockstep.training.checkpoint import list_checkpoints
 from tests.launching import ROOT
 from tests.slurm_cluster import Job, SlurmCluster
 
@@ -187,7 +187,7 @@ def test_a_sweep_ends_with_one_table(slurm: SlurmCluster, clone: Path) -> None:
     table = (sweep / "table.txt").read_text()
     assert any(table in file.read_text() for file in clone.glob(f"sweep-{job.id}_*.out"))
     assert re.search(r"^│ 3 .* done .* 7 +│", table, re.MULTILINE)
-    two_runs = slurm.run(f"source env/activate; python app/table.py runs/{sweep.name}/1 runs/{sweep.name}/3", clone)
+    two_runs = slurm.run(f"source env/activate; lockstep report --table runs/{sweep.name}/1 runs/{sweep.name}/3", clone)
     assert two_runs.returncode == 0, two_runs.output
     assert " optimizer.learning_rate ┃" in two_runs.stdout
 

@@ -33,7 +33,7 @@ def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
 
 def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     trained = launch(f"python {ONE_EPOCH} --precision bf16 --run_dir {tmp_path}/run")
-    evaluated = launch(f"python app/evaluate.py {tmp_path}/run")
+    evaluated = launch(f"lockstep evaluate {tmp_path}/run")
     line = f"Accuracy: {json.loads((tmp_path / 'run/summary.json').read_text())['accuracy']:.4f}"
     assert line in trained.stdout
     assert line in evaluated.stdout

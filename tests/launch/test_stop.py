@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.training.checkpoint import list_checkpoints
+from lockstep.training.checkpoint import list_checkpoints
 from tests.launching import ENVIRONMENT, ROOT, launch, running
 
 TRAIN = ROOT / "app" / "train.py"

@@ -42,8 +42,8 @@ def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> 
     assert finished.returncode == 0, finished.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_held_out_samples"] == 10
-    assert launch(f"python {ROOT}/app/verify.py run", cwd=tmp_path).returncode == 0  # each image once an epoch
-    evaluated = launch(f"python {ROOT}/app/evaluate.py run", cwd=tmp_path)
+    assert launch("lockstep verify run", cwd=tmp_path).returncode == 0  # each image once an epoch
+    evaluated = launch("lockstep evaluate run", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.output
     assert f"Accuracy: {summary['accuracy']:.4f} on 10 held-out samples" in evaluated.stdout
     assert (tmp_path / "run" / "mistakes.png").is_file()
@@ -70,6 +70,6 @@ def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
-    evaluated = launch("mpirun -np 2 python app/evaluate.py run", cwd=tmp_path)
+    evaluated = launch("mpirun -np 2 lockstep evaluate run", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.output
     assert "standing" in evaluated.stdout

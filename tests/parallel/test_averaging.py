@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from app.cluster.comm import Cluster
-from app.config import CheckpointSettings, DataSettings, ModelSettings, OptimizerSettings, Settings
-from app.merge import merge_checkpoint
-from app.parallel.merge import state_digest
-from app.tasks.classify import Evaluation
-from app.training.checkpoint import latest_checkpoint
+from lockstep.comm.cluster import Cluster
+from lockstep.commands.merge import merge_checkpoint
+from lockstep.parallel.merge import state_digest
+from lockstep.settings import CheckpointSettings, DataSettings, ModelSettings, OptimizerSettings, Settings
+from lockstep.tasks.classify import Evaluation
+from lockstep.training.checkpoint import latest_checkpoint
 from tests.parallel.building import assert_close, build_trainer, merged_model, whole_values
 
 SETTINGS = Settings(

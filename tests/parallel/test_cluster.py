@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import DataError, LockstepError
+from lockstep.comm.cluster import Cluster
+from lockstep.runtime.errors import DataError, LockstepError
 
 
 def _fail_on(rank: int, cluster: Cluster) -> int:

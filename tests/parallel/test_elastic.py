@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from app.cluster.comm import Cluster
-from app.config import DataSettings, ModelSettings, Settings
-from app.parallel.buffers import Buffers
-from app.tasks.classify import Classify
-from app.training.build import build_trainer
-from app.training.elastic import Relay, Run
-from app.training.loop import Trainer
-from app.training.run_folder import RunFolder
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.buffers import Buffers
+from lockstep.settings import DataSettings, ModelSettings, Settings
+from lockstep.tasks.classify import Classify
+from lockstep.training.build import build_trainer
+from lockstep.training.elastic import Relay, Run
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trainer import Trainer
 from tests.parallel.building import whole_values
 
 SETTINGS = Settings(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.comm import Cluster
-from app.config import CheckpointSettings
-from app.tasks.task import Evaluation
+from lockstep.comm.cluster import Cluster
+from lockstep.settings import CheckpointSettings
+from lockstep.tasks.task import Evaluation
 from tests.parallel.building import build_trainer
 from tests.parallel.test_resume import SETTINGS, Stop
 from tests.parallel.test_resume import _records as records

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.cluster.comm import Cluster
-from app.config import DataSettings, ModelSettings, OptimizerSettings, Settings
-from app.parallel.merge import state_digest
-from app.tasks.classify import Evaluation
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.merge import state_digest
+from lockstep.settings import DataSettings, ModelSettings, OptimizerSettings, Settings
+from lockstep.tasks.classify import Evaluation
 from tests.parallel.building import build_trainer, merged_model
 
 TOLERANCE = 1e-10

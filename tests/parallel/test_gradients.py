@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, SettingsError
-from app.config import GradientSettings
-from app.data.loader import LabelledBatch
-from app.parallel.gradients import sum_over_wire_
-from app.parallel.replicated import Replicated
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.gradients import sum_over_wire_
+from lockstep.parallel.replicated import Replicated
+from lockstep.runtime.errors import NonFiniteError, SettingsError
+from lockstep.settings import GradientSettings
 from tests.parallel.building import CrossEntropy, make_batch
 
 

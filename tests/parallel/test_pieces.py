@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from app.cluster import mpi
-from app.cluster.comm import Cluster
-from app.config import GradientSettings
-from app.parallel.gradients import sum_over_wire_
-from app.parallel.merge import merge_on_root
-from app.parallel.replicated import Replicated
-from app.parallel.strategy import Strategy
-from app.parallel.zero import Zero
-from app.training.tensor_file import TensorFileWriter
+from lockstep.comm import ranks as mpi
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.gradients import sum_over_wire_
+from lockstep.parallel.merge import merge_on_root
+from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.strategy import Strategy
+from lockstep.parallel.zero import Zero
+from lockstep.settings import GradientSettings
+from lockstep.training.tensor_file import TensorFileWriter
 from tests.parallel.building import CrossEntropy, assert_close, make_batch, merged_model, tied_blocks
 
 MOST = 7

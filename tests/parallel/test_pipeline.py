@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.benchmarking.sharding import proof_settings
-from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsError
-from app.config import (
+from lockstep.benchmark.sharding import proof_settings
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.merge import state_digest
+from lockstep.parallel.pipeline import Pipeline
+from lockstep.parallel.rank_grid import Layout
+from lockstep.runtime.errors import NonFiniteError, ReplicasDifferError, SettingsError
+from lockstep.settings import (
     CheckpointSettings,
     DataSettings,
     GradientSettings,
@@ -23,9 +26,6 @@ from app.config import (
     Settings,
     VitSettings,
 )
-from app.parallel.layout import Layout
-from app.parallel.merge import state_digest
-from app.parallel.pipeline import Pipeline
 from tests.parallel.building import CrossEntropy, assert_close, build_trainer, make_batch, merged_model, tied_blocks
 
 TOLERANCE = 1e-10

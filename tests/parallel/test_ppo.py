@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import SettingsError
-from app.cluster.race import Race
-from app.config import CheckpointSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
-from app.tasks.ppo import Ppo
-from app.tasks.task import Evaluation
-from app.training.build import build_trainer
-from app.training.loop import Trainer
-from app.training.run_folder import RunFolder
+from lockstep.comm.cluster import Cluster
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import CheckpointSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
+from lockstep.tasks.ppo import Ppo
+from lockstep.tasks.rollout_preemption import Race
+from lockstep.tasks.task import Evaluation
+from lockstep.training.build import build_trainer
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trainer import Trainer
 from tests.parallel.building import whole_values
 
 SETTINGS = Settings(

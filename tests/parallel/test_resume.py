@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, ReplicasDifferError, SettingsError
-from app.config import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
-from app.data.loader import LabelledBatch
-from app.parallel.merge import state_digest
-from app.parallel.parts import State, TensorState
-from app.parallel.replicated import Replicated
-from app.training.checkpoint import list_checkpoints, verify_checkpoint, write_parts
-from app.training.checkpoint_writer import CheckpointWriter
-from app.training.ledger import read_ledger
-from app.training.loop import Trainer
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.merge import state_digest
+from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.tensor_slices import State, TensorState
+from lockstep.runtime.errors import NonFiniteError, ReplicasDifferError, SettingsError
+from lockstep.settings import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
+from lockstep.training.checkpoint import list_checkpoints, verify_checkpoint, write_parts
+from lockstep.training.checkpoint_writer import CheckpointWriter
+from lockstep.training.sample_ledger import read_ledger
+from lockstep.training.trainer import Trainer
 from tests.parallel.building import build_trainer, whole_values
 
 SETTINGS = Settings(
@@ -204,7 +204,7 @@ def test_a_checkpoint_in_the_making_is_finished_before_all_ranks_leave(
         time.sleep(0.5)
         return write_parts(*arguments)
 
-    monkeypatch.setattr("app.training.checkpoint_writer.write_parts", slowly)
+    monkeypatch.setattr("lockstep.training.checkpoint_writer.write_parts", slowly)
     folder = cluster.on_root(lambda: tmp_path)
     trainer, _ = build_trainer(cluster, SETTINGS, folder)
     _poison(trainer, cluster, step=5, where="the loss")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import ExitCode, StoppedError
-from app.cluster.stop import StopRequests, StopVote
-from app.config import CheckpointSettings, DataSettings, Settings
-from app.training.checkpoint import list_checkpoints
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.stop import StopRequests, StopVote
+from lockstep.runtime.errors import ExitCode, StoppedError
+from lockstep.settings import CheckpointSettings, DataSettings, Settings
+from lockstep.training.checkpoint import list_checkpoints
 from tests.parallel.building import assert_close, build_trainer, merged_model
 
 SETTINGS = Settings(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.benchmarking.sharding import STRATEGIES, Parallel, measure_strategy, proof_settings
-from app.cluster.comm import Cluster
-from app.config import ModelSettings, VitSettings
+from lockstep.benchmark.sharding import STRATEGIES, Parallel, measure_strategy, proof_settings
+from lockstep.comm.cluster import Cluster
+from lockstep.settings import ModelSettings, VitSettings
 
 TOLERANCE = 1e-10
 SMALL = ModelSettings(vit=VitSettings(width=16, depth=3, num_heads=2, patch_size=14))

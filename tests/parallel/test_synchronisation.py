@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import ReplicasDifferError
-from app.data.loader import LabelledBatch
-from app.parallel.merge import state_digest
-from app.parallel.replicated import Replicated
-from app.training.metrics import Window
-from app.training.seeding import update_seed
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.merge import state_digest
+from lockstep.parallel.replicated import Replicated
+from lockstep.runtime.errors import ReplicasDifferError
+from lockstep.runtime.seeding import update_seed
+from lockstep.training.metrics import Window
 from tests.parallel.building import CrossEntropy, make_batch, merged_model
 
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.benchmarking.sharding import held_bytes
-from app.cluster.comm import Cluster
-from app.cluster.failure import NonFiniteError, ReplicasDifferError
-from app.config import GradientSettings
-from app.data.loader import LabelledBatch
-from app.parallel.merge import state_digest
-from app.parallel.parts import TensorState
-from app.parallel.replicated import Replicated
-from app.parallel.strategy import Strategy
-from app.parallel.zero import Zero
+from lockstep.benchmark.sharding import held_bytes
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.merge import state_digest
+from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.strategy import Strategy
+from lockstep.parallel.tensor_slices import TensorState
+from lockstep.parallel.zero import Zero
+from lockstep.runtime.errors import NonFiniteError, ReplicasDifferError
+from lockstep.settings import GradientSettings
 from tests.parallel.building import CrossEntropy, assert_close, make_batch, merged_model, tied_blocks, whole_values
 
 TOLERANCE = 1e-10

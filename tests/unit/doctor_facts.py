@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.cluster.installation import Installation
-from app.cluster.launcher import MPIRUN, Launcher
-from app.diagnosing.diagnosis import diagnose
-from app.diagnosing.facts import (
+from lockstep.doctor.diagnosis import diagnose
+from lockstep.doctor.facts import (
     Clock,
     Facts,
     Folder,
@@ -23,7 +21,9 @@ from app.diagnosing.facts import (
     Speed,
     View,
 )
-from app.diagnosing.findings import Finding, Status
+from lockstep.doctor.findings import Finding, Status
+from lockstep.runtime.installation import Installation
+from lockstep.runtime.launcher import MPIRUN, Launcher
 
 GIB, MIB = 1 << 30, 1 << 20
 VENV = Path("/home/me/lockstep/.venv")

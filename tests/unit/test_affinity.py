@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from app.cluster.affinity import (
+from lockstep.runtime.affinity import (
     LOWEST_PRIORITY,
     allowed_cpus,
     choose_gpus,
@@ -93,7 +93,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     """In a child, since it cannot be undone: 8 MiB blocks, which glibc would map anew each time."""
     code = """
 import resource, torch
-from app.cluster.memory import keep_freed_memory
+from lockstep.runtime.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

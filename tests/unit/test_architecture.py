@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.failure import ExitCode
+from lockstep.runtime.errors import ExitCode
 from tests.launching import ROOT
 
 APP = ROOT / "app"

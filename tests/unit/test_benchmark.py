@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from app.benchmarking.communication import Fit, bus_bytes, fit_alpha_beta
-from app.benchmarking.starting_jobs import _efficiency
-from app.benchmarking.throughput import Throughput, _split
+from lockstep.benchmark.communication import Fit, bus_bytes, fit_alpha_beta
+from lockstep.benchmark.launching import _efficiency
+from lockstep.benchmark.throughput import Throughput, _split
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8])

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.benchmarking.arms import Peer, peers
-from app.benchmarking.peers import Ratio, measure_peers, summarise
+from lockstep.benchmark.comparison import Ratio, measure_peers, summarise
+from lockstep.benchmark.peer_commands import Peer, peers
 
 DEFAULTS = {
     "LOCKSTEP_DEFAULTS": " OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM OMPI_MCA_rmaps_base_oversubscribe"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import StorageError
-from app.config import CheckpointSettings
-from app.parallel.parts import Part, State
-from app.training import checkpoint as module
-from app.training.checkpoint import (
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.tensor_slices import Part, State
+from lockstep.runtime.errors import StorageError
+from lockstep.settings import CheckpointSettings
+from lockstep.training import checkpoint as module
+from lockstep.training.checkpoint import (
     commit,
     discard_leftovers,
     latest_checkpoint,
@@ -23,7 +23,7 @@ from app.training.checkpoint import (
     verify_checkpoint,
     write_parts,
 )
-from app.training.checkpoint_writer import CheckpointWriter
+from lockstep.training.checkpoint_writer import CheckpointWriter
 
 STATE = {
     "model/weight": torch.arange(1000, dtype=torch.float32).view(10, 100),

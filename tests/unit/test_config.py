@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.failure import ExitCode, SettingsError
-from app.config import Settings
-from app.settings import PRESETS, dump_settings, load_settings, parse_settings
+from lockstep.runtime.errors import ExitCode, SettingsError
+from lockstep.settings import Settings
+from lockstep.settings.reading import PRESETS, dump_settings, load_settings, parse_settings
 
 
 def test_no_arguments_give_the_defaults() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.cluster.failure import DataError, ExitCode
-from app.data import digits
-from app.data.digits import load_digits
-from app.data.downloads import download, load
-from app.data.synthetic import load_synthetic
+from lockstep.data import digits
+from lockstep.data.digits import load_digits
+from lockstep.data.downloads import download, load
+from lockstep.data.synthetic import load_synthetic
+from lockstep.runtime.errors import DataError, ExitCode
 
 
 def test_digits_are_5000_real_ones_split_evenly_by_class() -> None:

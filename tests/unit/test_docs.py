@@ -8,9 +8,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from app.config import Settings
-from app.models.vit import vit_blocks
-from app.settings_page import page
+from lockstep.models.vit import vit_blocks
+from lockstep.settings import Settings
+from lockstep.settings.page import page
 from tests.launching import ROOT
 
 SOURCES = "\n".join(
@@ -32,7 +32,7 @@ NAMES = list(_settings())
 
 
 def test_the_page_of_settings_is_that_of_the_code() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python app/settings_page.py > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python -m lockstep.settings.page > docs/settings.md"
     told = re.findall(r"^\| `--([\w.]+)` \|", page(), flags=re.MULTILINE)
     assert sorted(told) == sorted(NAMES)
 

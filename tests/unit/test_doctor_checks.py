@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from app.cluster.installation import Installation
-from app.cluster.launcher import HYDRA, SRUN, Launcher
-from app.diagnosing.diagnosis import diagnose, is_healthy
-from app.diagnosing.facts import Clock, Facts, Link, Speed, Unknown, View
-from app.diagnosing.findings import Status
-from app.diagnosing.gathering import NO_ANSWER
-from app.diagnosing.report import verdict
+from lockstep.doctor.diagnosis import diagnose, is_healthy
+from lockstep.doctor.facts import Clock, Facts, Link, Speed, Unknown, View
+from lockstep.doctor.findings import Status
+from lockstep.doctor.gathering import NO_ANSWER
+from lockstep.doctor.report import verdict
+from lockstep.runtime.installation import Installation
+from lockstep.runtime.launcher import HYDRA, SRUN, Launcher
 from tests.unit.doctor_facts import (
     GIB,
     LIBMPI,

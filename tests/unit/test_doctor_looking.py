@@ -11,17 +11,17 @@ from threading import Barrier, Thread
 import psutil
 import pytest
 
-from app.cluster.installation import read_installation
-from app.diagnosing.aside import Aside
-from app.diagnosing.facts import Gpu, Unknown, View
-from app.diagnosing.folder import see_the_same, try_folder
-from app.diagnosing.gathering import parse_gpus
-from app.diagnosing.libraries import find_mpi
-from app.diagnosing.node_checks import visible_gpus
-from app.diagnosing.resources import room_in
-from app.diagnosing.rounds import plan_rounds
-from app.diagnosing.slurm import parse_lines, parse_mpi_types, parse_words
-from app.diagnosing.words import duration, nccl_version, numbers_in, size, some_of
+from lockstep.doctor.facts import Gpu, Unknown, View
+from lockstep.doctor.folder import see_the_same, try_folder
+from lockstep.doctor.forked_probe import Aside
+from lockstep.doctor.formatting import duration, nccl_version, numbers_in, size, some_of
+from lockstep.doctor.gathering import parse_gpus
+from lockstep.doctor.libraries import find_mpi
+from lockstep.doctor.node_checks import visible_gpus
+from lockstep.doctor.resources import room_in
+from lockstep.doctor.round_robin import plan_rounds
+from lockstep.doctor.slurm import parse_lines, parse_mpi_types, parse_words
+from lockstep.runtime.installation import read_installation
 from tests.unit.doctor_facts import healthy, with_local
 
 GPUS = [Gpu(f"GPU-{letter}", "NVIDIA H100 80GB HBM3", 4 << 20, 81559 << 20) for letter in "abc"]

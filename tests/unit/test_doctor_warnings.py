@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from app.cluster.launcher import GLOO, HYDRA, SRUN, Launcher
-from app.diagnosing.diagnosis import diagnose, is_healthy
-from app.diagnosing.facts import Facts, Gpu, Libraries, Link, Speed, Unknown
-from app.diagnosing.findings import Status
-from app.diagnosing.gathering import NO_ANSWER
-from app.diagnosing.launch_line import launch_line
+from lockstep.doctor.diagnosis import diagnose, is_healthy
+from lockstep.doctor.facts import Facts, Gpu, Libraries, Link, Speed, Unknown
+from lockstep.doctor.findings import Status
+from lockstep.doctor.gathering import NO_ANSWER
+from lockstep.doctor.launch_line import launch_line
+from lockstep.runtime.launcher import GLOO, HYDRA, SRUN, Launcher
 from tests.unit.doctor_facts import (
     GIB,
     LIBMPI,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.drilling.driving import Drill, Job
-from app.drilling.faults import FAULTS
-from app.drilling.processes import left_behind
+from lockstep.drill.driving import Drill, Job
+from lockstep.drill.faults import FAULTS
+from lockstep.drill.processes import left_behind
 from tests.launching import ROOT, launch
 
 STALLED = Job(7, [(1009.0, "lockstep: the job stalled. rank 3: process 17 on n2 is stopped, in vote")], 1011.0)

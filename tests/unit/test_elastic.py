@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.failure import SettingsError
-from app.config import DataSettings, GradientSettings, ProofSettings, Settings
-from app.training.elastic import Run, check_elastic
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import DataSettings, GradientSettings, ProofSettings, Settings
+from lockstep.training.elastic import Run, check_elastic
 
 SETTINGS = Settings(data=DataSettings(name="synthetic", num_samples=40, batch_size=8))
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import SettingsError
-from app.config import EnvSettings, ModelSettings, PpoSettings, Settings
-from app.parallel.layout import Layout
-from app.tasks.environments import Environments, make_one
-from app.tasks.playing import Episode, Episodes, Generators, play
-from app.tasks.ppo import Ppo
-from app.tasks.recording import record
-from app.tasks.rollout import Rollout
-from app.training.build import build_strategy
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.rank_grid import Layout
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import EnvSettings, ModelSettings, PpoSettings, Settings
+from lockstep.tasks.environments import Environments, make_one
+from lockstep.tasks.episodes import Episode, Episodes, Generators, play
+from lockstep.tasks.ppo import Ppo
+from lockstep.tasks.recording import record
+from lockstep.tasks.rollout import Rollout
+from lockstep.training.build import build_strategy
 
 CARTPOLE = EnvSettings(id="CartPole-v1")
 PONG = EnvSettings(id="ALE/Pong-v5", frame_stack=4)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from app import export as exporting
-from app.cluster.failure import LockstepError
-from app.config import ModelSettings, VitSettings
-from app.export import FORMATS, export
-from app.models.actions import build_actions
-from app.models.classifier import classifier_blocks
-from app.models.policy import policy_blocks
-from app.training.run_folder import RunFolder
+from lockstep.commands.export import FORMATS, export
+from lockstep.models.actions import build_actions
+from lockstep.models.classifier import classifier_blocks
+from lockstep.models.policy import policy_blocks
+from lockstep.runtime.errors import LockstepError
+from lockstep.settings import ModelSettings, VitSettings
+from lockstep.training.run_folder import RunFolder
 
 IMAGES = {
     "net": (ModelSettings(), (1, 28, 28)),

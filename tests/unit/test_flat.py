@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.cluster.comm import Cluster
-from app.parallel.flat import FlatParameters, Slots, shares_of
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.flat import FlatParameters, Slots, shares_of
 
 SHAPES = {"a": torch.Size((2, 3)), "b": torch.Size(()), "c": torch.Size((4,)), "d": torch.Size((0,))}
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.hints import PREFIX, in_environment, suggest
+from lockstep.runtime.hints import PREFIX, in_environment, suggest
 from tests.launching import ROOT, launch
 
 
 @pytest.mark.parametrize(
     ("folder", "prefix", "expected"),
     [
-        ("clone", "env/run", "env/run python app/report.py runs/a"),
-        ("clone", None, "python app/report.py runs/a"),
+        ("clone", "env/run", "env/run lockstep report runs/a"),
+        ("clone", None, "lockstep report runs/a"),
         ("beside", "../clone/env/run", "../clone/env/run python ../clone/app/report.py runs/a"),
-        ("gone", "/x y/env/run", "'/x y/env/run' python {root}/app/report.py runs/a"),
+        ("gone", "/x y/env/run", "'/x y/env/run' lockstep report runs/a"),
     ],
 )
 def test_a_suggestion_can_be_pasted(
@@ -27,18 +27,18 @@ def test_a_suggestion_can_be_pasted(
 ) -> None:
     for name in ("clone", "beside", "gone"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr("app.cluster.hints.ROOT", tmp_path / "clone")
+    monkeypatch.setattr("lockstep.runtime.hints.ROOT", tmp_path / "clone")
     monkeypatch.chdir(tmp_path / folder)
     if prefix:
         monkeypatch.setenv(PREFIX, prefix)
     if folder == "gone":
         (tmp_path / folder).rmdir()
-    assert suggest("app/report.py", "runs/a") == expected.format(root=tmp_path / "clone")
+    assert suggest("lockstep report", "runs/a") == expected.format(root=tmp_path / "clone")
 
 
 def test_a_blank_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert suggest("app/report.py", "runs/a b") == "python app/report.py 'runs/a b'"
+    assert suggest("lockstep report", "runs/a b") == "lockstep report 'runs/a b'"
     monkeypatch.setenv(PREFIX, "env/run")
     assert in_environment("mpirun -np 2") == "env/run mpirun -np 2"
 

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from app.cluster.failure import DataError, SettingsError
-from app.config import DataSettings, ModelSettings
-from app.data.data_sets import load_images
-from app.data.image_set import LabelledImages
-from app.data.item_set import ItemSet
-from app.data.loader import BatchLoader, LabelledBatch, partners_of, with_partners
-from app.models.classifier import classifier_blocks
+from lockstep.data.data_sets import load_images
+from lockstep.data.image_set import LabelledImages
+from lockstep.data.item_set import ItemSet
+from lockstep.data.loader import BatchLoader, LabelledBatch, partners_of, with_partners
+from lockstep.models.classifier import classifier_blocks
+from lockstep.runtime.errors import DataError, SettingsError
+from lockstep.settings import DataSettings, ModelSettings
 
 F64 = torch.float64
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.cluster.inventory import describe_binding
+from lockstep.comm.inventory import describe_binding
 
 
 def _inventory(*places: tuple[str, list[int]], gpus: bool = False) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.training.journal import mark_after
+from lockstep.training.run_logger import mark_after
 
 LINES = [("train", 10), ("held_out", 12), ("train", 20), ("held_out", 24), ("train", 30)]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster import launcher as launchers
-from app.cluster.failure import ExitCode, SettingsError
-from app.cluster.installation import read_installation
-from app.cluster.launcher import Launcher, check_launcher, detect_launcher, is_speaker, ranks_are_lost, remark_on
+from lockstep.runtime import launcher as launchers
+from lockstep.runtime.errors import ExitCode, SettingsError
+from lockstep.runtime.installation import read_installation
+from lockstep.runtime.launcher import Launcher, check_launcher, detect_launcher, is_speaker, ranks_are_lost, remark_on
 
 OPEN_MPI = "Open MPI v5.0.11"
 MPIRUN = {

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.cluster.failure import StorageError
-from app.training.ledger import Ledger, find_gaps, last_attempt, ledger_digest, read_ledger
+from lockstep.runtime.errors import StorageError
+from lockstep.training.sample_ledger import Ledger, find_gaps, last_attempt, ledger_digest, read_ledger
 
 BATCHES = np.arange(12).reshape(4, 3)  # four updates an epoch of 12 samples
 

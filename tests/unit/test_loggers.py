@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from app.cluster.failure import SettingsError
-from app.config import Settings
-from app.training.journal import RootJournal
-from app.training.loggers import PATIENCE, check_loggers
-from app.training.run_folder import RunFolder
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import Settings
+from lockstep.training.loggers import PATIENCE, check_loggers
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_logger import RootJournal
 
 EVERYWHERE = Settings(loggers="tensorboard, csv")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from app.models.net import Net
-from app.parallel.merge import merge_shards, shard_model, state_digest, sync_params
+from lockstep.models.net import Net
+from lockstep.parallel.merge import merge_shards, shard_model, state_digest, sync_params
 
 
 def _model() -> nn.Module:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from app.config import OptimizerSettings, Settings
-from app.models.net import Net, net_blocks
-from app.models.vit import vit_blocks
-from app.settings import parse_settings
-from app.training.optim import parameter_groups
+from lockstep.models.net import Net, net_blocks
+from lockstep.models.vit import vit_blocks
+from lockstep.settings import OptimizerSettings, Settings
+from lockstep.settings.reading import parse_settings
+from lockstep.training.optim import parameter_groups
 
 
 def _vit(**changes: Any) -> nn.Sequential:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from app.config import OptimizerSettings
-from app.models.net import Net
-from app.training.averaging import exchange_with_average, has_average
-from app.training.large_batch import Lamb, Lars
-from app.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from lockstep.models.net import Net
+from lockstep.parallel.weight_average import exchange_with_average, has_average
+from lockstep.settings import OptimizerSettings
+from lockstep.training.large_batch import Lamb, Lars
+from lockstep.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 from tests.launching import ROOT, launch
 
 
@@ -194,8 +194,8 @@ def test_pytorchs_compiler_is_not_imported_for_an_optimizer() -> None:
     """A second and a half of each rank's start."""
     code = """
 import sys, torch
-from app.config import OptimizerSettings
-from app.training.optim import build_optimizer
+from lockstep.settings import OptimizerSettings
+from lockstep.training.optim import build_optimizer
 for name in ("sgd", "adam", "adamw", "lars", "lamb"):
     model = torch.nn.Linear(2, 2)
     optimizer = build_optimizer(model, OptimizerSettings(name=name, average_decay=0.9))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from app.cluster.failure import SettingsError
-from app.config import PipelineSettings, Settings
-from app.parallel.layout import Layout
-from app.parallel.schedule import Schedule, bubble, schedule_of
-from app.parallel.stages import BlockCost, cut_blocks, measure_blocks
+from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.schedule import Schedule, bubble, schedule_of
+from lockstep.parallel.stages import BlockCost, cut_blocks, measure_blocks
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import PipelineSettings, Settings
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.cluster.comm import Cluster
-from app.cluster.failure import SettingsError
-from app.config import EnvSettings, ModelSettings, PpoSettings, Settings
-from app.models.actions import Actions, Categorical, Gaussian, build_actions
-from app.models.policy import mlp_blocks, nature_cnn_blocks
-from app.tasks.ppo import COUNT, Minibatch, Ppo, generalised_advantages, normalise
+from lockstep.comm.cluster import Cluster
+from lockstep.models.actions import Actions, Categorical, Gaussian, build_actions
+from lockstep.models.policy import mlp_blocks, nature_cnn_blocks
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import EnvSettings, ModelSettings, PpoSettings, Settings
+from lockstep.tasks.ppo import COUNT, Minibatch, Ppo, generalised_advantages, normalise
 
 DISCRETE = gym.spaces.Discrete(3)
 BOX = gym.spaces.Box(-1.0, 1.0, (2,), dtype=np.float32)

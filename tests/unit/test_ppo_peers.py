@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.ppo_peers import CLEANRL, LOCKSTEP, Result, read_run, rows
+from lockstep.benchmark.ppo_peers import CLEANRL, LOCKSTEP, Result, read_run, rows
 
 
 def test_ratios_are_taken_round_by_round_and_unsolved_counts_as_never() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.recorder import WAITING, Recorder, read_heartbeats, record_path, stragglers
+from lockstep.runtime.flight_recorder import WAITING, Recorder, read_heartbeats, record_path, stragglers
 from tests.launching import launch
 
 
@@ -45,7 +45,7 @@ def test_a_wait_that_fails_is_over(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
     """The page is the kernel's, not the process's: nothing has to be flushed."""
     program = (
-        "import os, signal; from pathlib import Path; from app.cluster.recorder import *; r = Recorder();"
+        "import os, signal; from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = Recorder();"
         f"r.keep_in(Path({str(tmp_path)!r}) / 'rank00005.bin', 5, 6); r.enter('optimizer step', 42);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-from app.cluster import rendezvous
-from app.cluster.rendezvous import call_off, find_place, is_elastic, place_is_known, seconds_to_meet
+from lockstep.comm import rendezvous
+from lockstep.comm.rendezvous import call_off, find_place, is_elastic, place_is_known, seconds_to_meet
 
 SIZE = 3
 

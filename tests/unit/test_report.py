@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.config import Settings
-from app.report import render
-from app.reporting.drawing import curve_names
-from app.reporting.records import efficiencies, read_record
-from app.settings import dump_settings
+from lockstep.commands.report import render
+from lockstep.report.drawing import curve_names
+from lockstep.report.records import efficiencies, read_record
+from lockstep.settings import Settings
+from lockstep.settings.reading import dump_settings
 
 RANK = {"rank": 0, "node": "n1", "cpus": [0, 1, 2], "num_cpus_of_node": 8, "cpu": "a CPU", "gpu": None, "threads": 3}
 

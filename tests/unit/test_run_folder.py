@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.cluster.failure import ExitCode, SettingsError, StorageError
-from app.config import Settings
-from app.training.journal import RootJournal
-from app.training.plots import plot_curves, plot_mistakes
-from app.training.run_folder import RunFolder
+from lockstep.runtime.errors import ExitCode, SettingsError, StorageError
+from lockstep.settings import Settings
+from lockstep.training.plots import plot_curves, plot_mistakes
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_logger import RootJournal
 
 PNG_HEADER = b"\x89PNG\r\n"
 

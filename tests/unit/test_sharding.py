@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.data.sharding import Sharding, content_hash, data_shard, epoch_order, shard_bounds, shard_data
+from lockstep.data.sharding import Sharding, content_hash, data_shard, epoch_order, shard_bounds, shard_data
 
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 SIZES = [(0, 1), (1, 1), (1, 4), (7, 3), (8, 4), (32, 5), (100, 7)]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.cluster.mpi import Ranks
-from app.cluster.stop import StopRequests, StopVote, end_time
+from lockstep.comm.ranks import Ranks
+from lockstep.comm.stop import StopRequests, StopVote, end_time
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.training.run_folder import RunFolder
-from app.training.summary import by_group, summary_lines
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.summary import by_group, summary_lines
 
 SECONDS = {
     "forward and backward pass": 6.0,
@@ -46,7 +46,7 @@ def test_the_lines_say_what_was_done_where_the_time_went_and_what_to_do_next() -
         "Ranks    2, at most 613 MiB each",
         "Time     computing 47%, waiting 7%, input 7%, checkpoint 7%, other 33%",
         "Model    runs/now/model.safetensors, 1,199,882 parameters",
-        "Report   python app/report.py runs/now",
+        "Report   lockstep report runs/now",
     ]
 
 

@@ -17,10 +17,10 @@ from tests.launching import ROOT
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from app.config import Settings
-from app.training.journal import RootJournal
-from app.training.position import Progress
-from app.training.run_folder import RunFolder
+from lockstep.settings import Settings
+from lockstep.training.run_logger import RootJournal
+from lockstep.training.position import Progress
+from lockstep.training.run_folder import RunFolder
 
 with RootJournal(RunFolder(Path(sys.argv[1])), Settings(), num_updates=5000) as journal:
     for step in (100, 2500):

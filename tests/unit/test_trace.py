@@ -8,12 +8,20 @@ from typing import Any, cast
 
 import pytest
 
-from app.cluster.comm import Cluster
-from app.config import Settings
-from app.training.position import Progress
-from app.training.profiling import Profiler, of_operators
-from app.training.run_folder import RunFolder
-from app.training.trace import HOROVOD_PID, horovod_events, join_parts, phase_events, phases, torch_events, write_part
+from lockstep.comm.cluster import Cluster
+from lockstep.settings import Settings
+from lockstep.training.position import Progress
+from lockstep.training.profiling import Profiler, of_operators
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trace import (
+    HOROVOD_PID,
+    horovod_events,
+    join_parts,
+    phase_events,
+    phases,
+    torch_events,
+    write_part,
+)
 
 ORIGIN = 1_000_000_000 * 10**6  # microseconds since the epoch
 HISTORY = [

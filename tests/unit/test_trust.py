@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.failure import SettingsError
-from app.settings import PRESETS, dump_settings, flat_settings, load_settings, parse_settings
-from app.training.run_folder import replacing
-from app.trust import Source, check_trust, names_of_code, read_source
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings.reading import PRESETS, dump_settings, flat_settings, load_settings, parse_settings
+from lockstep.settings.trust import Source, check_trust, names_of_code, read_source
+from lockstep.training.run_folder import replacing
 
 NOBODY, STRANGER = 65534, 54321
 CODE = {"data.name": ["theirs.data"]}

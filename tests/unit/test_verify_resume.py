@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from app.cluster.failure import LockstepError, NonFiniteError
-from app.verify_resume import _check_finite, _compare_tensors
+from lockstep.drill.certificate import _check_finite, _compare_tensors
+from lockstep.runtime.errors import LockstepError, NonFiniteError
 
 STATE = {"model/weight": torch.ones(3), "optimizer/step": torch.tensor(4)}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.cluster.failure import ExitCode
-from app.cluster.recorder import Heartbeat, Recorder, record_path
-from app.cluster.watchdog import bad_state, verdict
+from lockstep.comm.watchdog import bad_state, verdict
+from lockstep.runtime.errors import ExitCode
+from lockstep.runtime.flight_recorder import Heartbeat, Recorder, record_path
 from tests.launching import ROOT, launch
 
 NOW = 1000.0
@@ -71,7 +71,7 @@ def test_the_state_of_a_process(tmp_path: Path) -> None:
     assert bad_state(os.getpid(), record) is None
     assert bad_state(os.getpid(), tmp_path / "another") == "gone"  # its number was given to another process
     holds = (
-        f"from pathlib import Path; from app.cluster.recorder import *; r = Recorder();"
+        f"from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = Recorder();"
         f"r.keep_in(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(["python", "-c", holds], stdout=subprocess.PIPE) as process:
@@ -90,8 +90,8 @@ def test_the_state_of_a_process(tmp_path: Path) -> None:
 HANGS = """
 import threading, time
 from pathlib import Path
-from app.cluster.recorder import Recorder
-from app.cluster.watchdog import Watchdog
+from lockstep.runtime.flight_recorder import Recorder
+from lockstep.comm.watchdog import Watchdog
 folder, recorder = Path({folder!r}), Recorder()
 watchdog = Watchdog(recorder, folder, 0, 1, 0.5, lambda code: None)
 recorder.enter("data loading", 3)

@@ -1,0 +1,102 @@
+"""Checks offline what a run has left behind: every byte of its checkpoints, and its ledger. Needs no MPI.
+
+env/run lockstep verify runs/latest
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from lockstep.runtime.errors import LockstepError, StorageError, run_alone
+from lockstep.settings.reading import SETTINGS_FILE, load_settings
+from lockstep.training.checkpoint import Checkpoint, list_checkpoints, verify_checkpoint
+from lockstep.training.position import Progress
+from lockstep.training.run_folder import SUMMARY
+from lockstep.training.sample_ledger import find_gaps, last_attempt, read_ledger
+
+
+def main() -> None:
+    """Raises StorageError, once everything has been told, if anything is not as it should be."""
+    parser = argparse.ArgumentParser(prog="lockstep verify", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
+    run: Path = parser.parse_args().run
+    if not run.is_dir():
+        raise StorageError(f"{run} is not a folder")
+    # First what was done, then the ledger: that of a run in progress only grows.
+    checkpoint, num_wrong = _verify_checkpoints(run)
+    num_wrong += _verify_ledger(run, checkpoint)
+    if num_wrong:
+        raise StorageError(f"{num_wrong} finding{'s' if num_wrong > 1 else ''} in {run}")
+
+
+def _verify_checkpoints(run: Path) -> tuple[Checkpoint | None, int]:
+    """The last that is whole, and how many are not."""
+    last, num_wrong = None, 0
+    for path in list_checkpoints(run):
+        try:
+            last = verify_checkpoint(path)
+            print(f"checkpoint {path.name}: whole, after update {last.step}")
+        except LockstepError as error:
+            num_wrong += 1
+            print(f"checkpoint {path.name}: {error}")
+    if not list_checkpoints(run):
+        print("checkpoints: none")
+    return last, num_wrong
+
+
+def _verify_ledger(run: Path, checkpoint: Checkpoint | None) -> int:
+    has_one = last_attempt(run) >= 0
+    if not _keeps_a_ledger(run, checkpoint, otherwise=has_one):
+        print("ledger: none (--proof.ledger true keeps one)")
+        return 0
+    if not has_one:
+        print("ledger: GONE: the run has kept one, and there is no file of it")
+        return 1
+    finished = (run / SUMMARY).exists()
+    progress = _progress(run, checkpoint)
+    accounts = read_ledger(run)
+    gaps = find_gaps(run, progress.step, progress.num_samples)
+    for gap in gaps:
+        print(f"ledger: NOT whole: {gap}")
+    num_wrong = len(gaps)
+    for account in accounts:
+        told = f"ledger, epoch {account.epoch}: {account.num_used} of {account.num_samples} samples"
+        if account.is_exact:
+            passed_over = f", {account.num_skipped} of them in skipped updates" if account.num_skipped else ""
+            print(f"{told}, each exactly once{passed_over}")
+        elif account is accounts[-1] and account.is_exact_so_far and not finished:
+            print(f"{told} so far, none twice")
+        else:
+            num_wrong += 1
+            print(f"{told}, NOT each exactly once: {account.num_distinct} different ones")
+    if not accounts and not gaps:
+        print("ledger: no update yet")
+    return num_wrong
+
+
+def _keeps_a_ledger(run: Path, checkpoint: Checkpoint | None, otherwise: bool) -> bool:
+    """As the checkpoint says, or, where there is none or an older one, the settings."""
+    if checkpoint and "proof.ledger" in (said := checkpoint.counters["must_stay"]):
+        return bool(said["proof.ledger"])
+    if (run / SETTINGS_FILE).exists():
+        return load_settings(run / SETTINGS_FILE).proof.ledger or otherwise
+    return otherwise
+
+
+def _progress(run: Path, checkpoint: Checkpoint | None) -> Progress:
+    """How far the run is at least: at its end, or at the checkpoint.
+
+    Raises:
+        StorageError: the summary cannot be read.
+    """
+    if (run / SUMMARY).exists():
+        try:
+            summary = json.loads((run / SUMMARY).read_text())
+            return Progress(int(summary["num_updates"]), int(summary["num_samples"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{run / SUMMARY} is torn: {error}") from error
+    return Progress(**checkpoint.counters["progress"]) if checkpoint else Progress()
+
+
+if __name__ == "__main__":
+    run_alone(main)
