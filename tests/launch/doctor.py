@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, Finished, launch
+from tests.launching import Finished, launch
 
-DOCTOR = ROOT / "app" / "doctor.py"
-PYTHON = f"python {shlex.quote(str(DOCTOR))}"
+DOCTOR = "lockstep doctor"
 SECONDS = 9.0  # of the doctor itself; the launcher needs some of the ten, too
 # A rank that does not know how to reach its mpirun: as if it were another MPI's.
 UNKNOWN_TO_MPI = "env -u PMIX_NAMESPACE -u PMIX_RANK " + " ".join(
@@ -49,4 +48,4 @@ def without_folder(line: str) -> str:
 
 def in_a_machine_with(planted: str) -> str:
     """A command for the doctor alone, in a mount namespace of its own."""
-    return f"unshare --mount sh -c {shlex.quote(f'{planted} && exec {PYTHON}')}"
+    return f"unshare --mount sh -c {shlex.quote(f'{planted} && exec {DOCTOR}')}"

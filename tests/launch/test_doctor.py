@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.doctor import (
-    PYTHON,
+    DOCTOR,
     SECONDS,
     UNKNOWN_TO_MPI,
     as_root,
@@ -28,7 +28,7 @@ from tests.launching import launch
 
 
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"mpirun -np 2 {PYTHON} --json report.json", tmp_path)
+    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path)
     assert faults_of(finished) == {}
     assert finished.returncode == 0, finished.output
     assert finished.stdout.splitlines()[-1].startswith("Healthy")
@@ -44,7 +44,7 @@ def test_a_healthy_machine_passes(tmp_path: Path) -> None:
 
 
 def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> None:
-    finished = launch(f"{PYTHON} --json true", timeout_seconds=60, cwd=tmp_path)
+    finished = launch(f"{DOCTOR} --json true", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0, finished.output
     report = json.loads(finished.stdout)
     assert report["launcher"]["name"] == "none"
@@ -52,7 +52,7 @@ def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> 
 
 
 def test_help_is_said_once(tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 2 {PYTHON} --help", timeout_seconds=60, cwd=tmp_path)
+    finished = launch(f"mpirun -np 2 {DOCTOR} --help", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0
     assert finished.stdout.count("usage: ") == 1
 
@@ -61,7 +61,7 @@ def test_help_is_said_once(tmp_path: Path) -> None:
 
 
 def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {PYTHON}", tmp_path, looks=1)
+    finished = see_the_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {DOCTOR}", tmp_path, looks=1)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["launcher"]
@@ -72,7 +72,7 @@ def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     libmpi = tmp_path / "libmpi.so.40"
     subprocess.run(["g++", "-shared", "-xc++", "-", "-Wl,-soname,libmpi.so.40", "-o", libmpi], input=b"", check=True)
     library_path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    finished = see_the_doctor(PYTHON, tmp_path, {"LD_LIBRARY_PATH": library_path})
+    finished = see_the_doctor(DOCTOR, tmp_path, {"LD_LIBRARY_PATH": library_path})
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert {"ranks", "MPI"} <= set(faults)
@@ -88,7 +88,7 @@ def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
         (venv / path.name).symlink_to(path)
     (venv / "lockstep.sh").unlink()
     (venv / "lockstep.sh").write_text("lockstep_mpi='Open MPI 4.1.4'\n")
-    finished = see_the_doctor(f"{venv}/bin/{PYTHON}", tmp_path)
+    finished = see_the_doctor(f"{venv}/bin/{DOCTOR}", tmp_path)
     assert finished.returncode == 8
     assert "the environment was built for Open MPI 4.1.4, and Open MPI v5" in faults_of(finished)["MPI"]
 
@@ -112,7 +112,7 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
 def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
     (tmp_path / "mine" / "numpy").mkdir(parents=True)
     (tmp_path / "mine" / "numpy" / "__init__.py").touch()
-    finished = see_the_doctor(PYTHON, tmp_path, {"PYTHONPATH": str(tmp_path / "mine")})
+    finished = see_the_doctor(DOCTOR, tmp_path, {"PYTHONPATH": str(tmp_path / "mine")})
     assert finished.returncode == 8
     assert str(tmp_path / "mine" / "numpy" / "__init__.py") in faults_of(finished)["variables"]
     assert launch_line_of(finished).startswith("env -u PYTHONPATH ")
@@ -121,7 +121,7 @@ def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_ranks_that_are_stacked_on_one_core(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
-    finished = see_the_doctor(f"taskset --cpu-list {cpu} mpirun -np 2 {PYTHON}", tmp_path)
+    finished = see_the_doctor(f"taskset --cpu-list {cpu} mpirun -np 2 {DOCTOR}", tmp_path)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["binding"]
@@ -136,14 +136,14 @@ def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     smi.write_text('#!/bin/sh\necho "GPU-a, NVIDIA H100, 4, 81559"; echo "GPU-b, NVIDIA H100, 4, 81559"\n')
     smi.chmod(0o755)
     variables = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "1"}
-    finished = see_the_doctor(f"mpirun -np 2 {PYTHON}", tmp_path, variables)
+    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR}", tmp_path, variables)
     assert finished.returncode == 8
     assert list(faults_of(finished)) == ["GPUs"]
     assert "ranks 0-1 share GPU GPU-b" in faults_of(finished)["GPUs"]
 
 
 def test_few_open_files(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"ulimit -n 64; {PYTHON}", tmp_path)
+    finished = see_the_doctor(f"ulimit -n 64; {DOCTOR}", tmp_path)
     assert finished.returncode == 8
     assert list(faults_of(finished)) == ["limits"]
 
@@ -179,7 +179,7 @@ def test_a_folder_that_hangs(tmp_path: Path) -> None:
     """A file system that was frozen: whoever writes there waits, and cannot be killed."""
     (tmp_path / "runs").mkdir()
     make = "truncate --size=8M image; mkfs.ext4 -q image; mount -o loop image runs; fsfreeze --freeze runs"
-    inside = f"set -e; {make}; trap 'fsfreeze --unfreeze runs' EXIT; {PYTHON}"
+    inside = f"set -e; {make}; trap 'fsfreeze --unfreeze runs' EXIT; {DOCTOR}"
     finished = see_the_doctor(f"unshare --mount sh -c {shlex.quote(inside)}", tmp_path)
     assert finished.returncode == 8, finished.output
     assert list(faults_of(finished)) == ["folder"]
@@ -188,7 +188,7 @@ def test_a_folder_that_hangs(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     stuck = "from mpi4py import MPI; import time; time.sleep(60)"
-    finished = see_the_doctor(f"mpirun -np 2 {PYTHON} : -np 1 python -c {shlex.quote(stuck)}", tmp_path, looks=1)
+    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} : -np 1 python -c {shlex.quote(stuck)}", tmp_path, looks=1)
     assert finished.returncode == 8
     assert "no answer in time from 1 rank of 3, the first is 2" in faults_of(finished)["ranks"]
     assert launch_line_of(finished) == "mpirun -np 3 python app/train.py"

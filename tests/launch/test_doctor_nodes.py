@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from lockstep.runtime.installation import read_installation
-from tests.launch.doctor import PYTHON, as_root, faults_of, launch_line_of, see_the_doctor
+from tests.launch.doctor import DOCTOR, as_root, faults_of, launch_line_of, see_the_doctor
 from tests.launching import ROOT, Finished, across_nodes
 from tests.slurm_cluster import SlurmCluster
 
 
 def _on_two_nodes(command: str, cwd: Path, rate: str = "1gbit", looks: int = 3) -> Finished:
-    two_nodes = shlex.quote(str(ROOT / "benchmarks" / "two_nodes.py"))
-    return see_the_doctor(f"python {two_nodes} --rate {rate} -- {command}", cwd, looks=looks)
+    return see_the_doctor(f"lockstep benchmark two_nodes --rate {rate} -- {command}", cwd, looks=looks)
 
 
 @contextmanager
@@ -38,7 +37,7 @@ def _computing_on(cpus: list[int], num_processes: int) -> Iterator[None]:
 @across_nodes
 @as_root
 def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
-    finished = _on_two_nodes(PYTHON, tmp_path)
+    finished = _on_two_nodes(DOCTOR, tmp_path)
     assert faults_of(finished) == {}
     assert finished.returncode == 0, finished.output
     assert "2 ranks on 2 nodes" in finished.stdout
@@ -56,7 +55,7 @@ def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path:
         "real, real_ns = time.time, time.time_ns\n"
         "time.time, time.time_ns = lambda: real() + 30, lambda: real_ns() + 30 * 10**9\n"
     )
-    start = f'[ "$(hostname)" = node0 ] || export PYTHONPATH={tmp_path}; exec {PYTHON} --folder /dev/shm/runs'
+    start = f'[ "$(hostname)" = node0 ] || export PYTHONPATH={tmp_path}; exec {DOCTOR} --folder /dev/shm/runs'
     finished = _on_two_nodes(f"sh -c {shlex.quote(start)}", tmp_path, rate="20mbit")
     assert finished.returncode == 8, finished.output
     faults = faults_of(finished)
@@ -74,7 +73,7 @@ def test_a_slow_node_is_named(tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     with _computing_on(cpus[len(cpus) // 2 :], num_processes=6):
         for _ in range(3):
-            finished = _on_two_nodes(PYTHON, tmp_path, looks=1)
+            finished = _on_two_nodes(DOCTOR, tmp_path, looks=1)
             if "speed" in faults_of(finished):
                 break
     assert finished.returncode == 8, finished.output
@@ -85,7 +84,7 @@ def test_a_slow_node_is_named(tmp_path: Path) -> None:
 
 
 def _in_slurm(slurm: SlurmCluster, options: str, cwd: Path) -> Finished:
-    command = f"source {shlex.quote(str(ROOT / 'env' / 'activate'))} && srun --nodes=2 --ntasks=2 {options} {PYTHON}"
+    command = f"source {shlex.quote(str(ROOT / 'env' / 'activate'))} && srun --nodes=2 --ntasks=2 {options} {DOCTOR}"
     finished = slurm.run(command, cwd)
     assert finished.stdout.count("Launch line: ") == 1, finished.output
     return finished

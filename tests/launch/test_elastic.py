@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from tests.launching import ENVIRONMENT, ROOT, Finished, launch
 
 TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
-VERIFY = shlex.quote(str(ROOT / "app" / "verify.py"))
 # Each is a host of its own for Horovod, and this machine: one whose workers all fail is left alone for a while.
 HOSTS = ("localhost:1", "127.0.0.1:1", "127.1:1")
 SMALL = (
@@ -131,7 +130,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 def _assert_exact(folder: Path, num_updates: int) -> None:
     """Every sample exactly once in every epoch, and every line of the metrics once, in order."""
-    verified = launch(f"python {VERIFY} run", cwd=folder)
+    verified = launch("lockstep verify run", cwd=folder)
     assert verified.returncode == 0, verified.output
     accounts = re.findall(r"ledger, epoch (\d+): 4000 of 4000 samples, each exactly once\n", verified.stdout)
     assert accounts == [str(epoch) for epoch in range(num_updates // UPDATES_PER_EPOCH)]

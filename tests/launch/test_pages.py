@@ -39,7 +39,7 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "lockstep benchmark pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
     "lockstep merge": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--parallel zero3": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
-    "--config seed": "test_programs.py::test_the_seeds_run_prints_the_seeds_lines",
+    "--config reference": "test_programs.py::test_the_reference_run_prints_the_references_lines",
     "--data.name image_folder": "test_vision.py::test_a_folder_of_images_is_learned_by_ranks_with_workers",
     "-np 2 python app/train.py --resume": "test_resume.py::test_a_killed_run_ends_with_the_model_of_one_that_was_not",
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
@@ -107,9 +107,9 @@ def _shortened(line: str) -> str:
     line = line.replace("/scratch/me", ".")
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
-    if "lockstep benchmark" in line:
-        return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark"
-    return f"{line} {FEW_ROUNDS}" if "benchmarks/" in line else line
+    if re.search("benchmark (proofs|optimizer)", line):
+        return f"{line} {FEW_ROUNDS}"
+    return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark" if "lockstep benchmark" in line else line
 
 
 def _less_to_learn(line: str) -> str:
@@ -122,7 +122,7 @@ def _less_to_learn(line: str) -> str:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What runs leave behind stays in here."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("app", "benchmarks", "env", "slurm", ".venv"):
+    for name in ("app", "env", "slurm", ".venv"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", folder / "docs")
     return folder
@@ -151,7 +151,7 @@ def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> No
 def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, clone: Path) -> None:
     less = f"{SMALL} --data.num_samples 64" if "train.py" in command else ""
     finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
-    fine = (0, 8) if "doctor.py" in command else (0,)  # nodes that share two cores may well be found unhealthy
+    fine = (0, 8) if "lockstep doctor" in command else (0,)  # nodes that share two cores may well be found unhealthy
     assert finished.returncode in fine, finished.output
 
 

@@ -86,8 +86,8 @@ def test_help_and_print_config_are_said_once(launcher: str, tmp_path: Path) -> N
 def test_the_merged_model_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     finished = _train("mpirun -np 2 python", f"{QUICK} --num_epochs 3 --run_dir run", tmp_path)
     (trained,) = re.findall(r"Accuracy: (.*) on 64 held-out", finished.stdout)
-    for evaluate in ("python", "mpirun -np 3 python"):
-        evaluated = launch(f"{evaluate} {shlex.quote(str(ROOT / 'app' / 'evaluate.py'))} run", cwd=tmp_path)
+    for evaluate in ("lockstep", "mpirun -np 3 lockstep"):
+        evaluated = launch(f"{evaluate} evaluate run", cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.output
         assert re.findall(r"Accuracy: (.*) on 64 held-out", evaluated.stdout) == [trained]
         assert evaluated.stdout.count("Confusion matrix") == 1
@@ -95,11 +95,10 @@ def test_the_merged_model_scores_the_same_when_loaded_alone(tmp_path: Path) -> N
 
 
 def test_evaluate_says_what_is_missing(tmp_path: Path) -> None:
-    program = shlex.quote(str(ROOT / "app" / "evaluate.py"))
-    finished = launch(f"mpirun -np 2 python {program} {shlex.quote(str(tmp_path))}", cwd=tmp_path)
+    finished = launch(f"mpirun -np 2 lockstep evaluate {shlex.quote(str(tmp_path))}", cwd=tmp_path)
     assert finished.returncode == 5
     assert len(_complaints(finished)) == 1
-    finished = launch(f"mpirun -np 2 python {program}", cwd=tmp_path)
+    finished = launch("mpirun -np 2 lockstep evaluate", cwd=tmp_path)
     assert finished.returncode == 2
     assert finished.stderr.count("the following arguments are required") == 1
 
@@ -141,8 +140,8 @@ def test_three_ranks_end_with_the_weights_of_one(tmp_path: Path) -> None:
         assert (states["three"][name] - tensor).abs().max() <= 1e-10
 
 
-def test_the_seeds_run_prints_the_seeds_lines(tmp_path: Path) -> None:
-    finished = _train("mpirun -np 2 python", "--config seed", tmp_path)
+def test_the_reference_run_prints_the_references_lines(tmp_path: Path) -> None:
+    finished = _train("mpirun -np 2 python", "--config reference", tmp_path)
     assert finished.returncode == 0, finished.output
     lines = [line for line in finished.stdout.splitlines() if line.startswith("Epoch")]
     assert len(lines) == 2  # 125 batches of 32: batch 0 and batch 100
@@ -186,7 +185,7 @@ def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path)
 def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(tmp_path: Path) -> None:
     assert _train("python", f"{QUICK} --run_dir run", tmp_path).returncode == 0
     (tmp_path / "run" / "mistakes.png").mkdir()
-    evaluated = launch(f"python {shlex.quote(str(ROOT / 'app' / 'evaluate.py'))} run", cwd=tmp_path)
+    evaluated = launch("lockstep evaluate run", cwd=tmp_path)
     assert evaluated.returncode == 5
     assert "Accuracy: " in evaluated.stdout
 

@@ -34,8 +34,6 @@ def test_check_build_ticks_what_is_needed() -> None:
 
 def test_an_activated_shell_needs_no_env_run(tmp_path: Path) -> None:
     """`source env/activate`, in a shell that has not got the environment yet."""
-    finished = launch(
-        f"source {shlex.quote(str(ROOT))}/env/activate && python -m lockstep.training.run --print_config", cwd=tmp_path
-    )
+    finished = launch(f"source {shlex.quote(str(ROOT))}/env/activate && lockstep train --print_config", cwd=tmp_path)
     assert finished.returncode == 0, finished.output
     assert "num_epochs: " in finished.stdout

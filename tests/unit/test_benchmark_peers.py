@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -165,10 +166,9 @@ def test_more_ranks_than_cores_keep_what_lets_them_start() -> None:
 
 
 def test_every_peer_can_be_started_on_any_number_of_ranks() -> None:
-    root = Path(__file__).parents[2]
     for peer in peers(3, num_cores=4, environment={}, launcher="mpirun -np {ranks}"):
         assert not [part for part in peer.command if "{" in part]
-        assert all((root / part).is_file() for part in peer.command if part.startswith("benchmarks/"))
+        assert all(find_spec(part) for part in peer.command if part.startswith("lockstep."))
         assert (peer.num_copies == 3) == ("never talk" in peer.name)
 
 

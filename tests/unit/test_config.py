@@ -14,8 +14,8 @@ def test_no_arguments_give_the_defaults() -> None:
     assert parse_settings([]) == (Settings(), False)
 
 
-def test_the_seed_preset_is_the_seeds_run() -> None:
-    settings, _ = parse_settings(["--config", "seed"])
+def test_the_reference_preset_is_the_reference_run() -> None:
+    settings, _ = parse_settings(["--config", "reference"])
     optimizer = settings.optimizer
     assert (settings.num_epochs, settings.data.batch_size, settings.log_interval) == (1, 32, 100)
     assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("sgd", 0.01, "constant")
@@ -41,7 +41,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
 
 
 def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
-    settings, _ = parse_settings(["--config", "seed", "--seed", "5", "--data.batch_size_per_rank", "4"])
+    settings, _ = parse_settings(["--config", "reference", "--seed", "5", "--data.batch_size_per_rank", "4"])
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(tmp_path / "settings.yaml") == settings
     assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == (settings, False)
@@ -79,7 +79,7 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
         (["--optimizer.weight_decay", "-1"], "optimizer.weight_decay is -1"),
         (["--optimizer.warmup_steps", "-1"], "optimizer.warmup_steps is -1"),
         (["--optimizer.scale_learning_rate", "true"], "batch_size_per_rank"),
-        (["--config", "no-such"], r"no preset of that name \(presets: .*seed"),
+        (["--config", "no-such"], r"no preset of that name \(presets: .*reference"),
         (["--precision", "float16"], "precision"),
         (["--gradient.bucket_mib", "0"], "gradient.bucket_mib is 0"),
         (["--gradient.num_micro_batches", "0"], "gradient.num_micro_batches is 0"),

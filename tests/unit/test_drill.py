@@ -56,7 +56,7 @@ def test_a_killed_rank_must_not_end_well(injected: Path) -> None:
 def test_what_is_left_of_a_job_is_found() -> None:
     word = "a-word-of-this-test-alone"
     found = launch(
-        f"(exec -a '--run_dir {word}' sleep 20) & python {ROOT}/app/drilling/processes.py '--run_dir {word}'; kill $!"
+        f"(exec -a '--run_dir {word}' sleep 20) & python -m lockstep.drill.processes '--run_dir {word}'; kill $!"
     )
     assert f"--run_dir {word} 20" in found.stdout
     assert left_behind(word) == []
@@ -65,4 +65,4 @@ def test_what_is_left_of_a_job_is_found() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_has_its_injection(fault: str) -> None:
     """Read as text: the module is a rank's, and starts MPI."""
-    assert f'    "{fault}": ' in (ROOT / "app" / "drilling" / "faulty_train.py").read_text()
+    assert f'    "{fault}": ' in (ROOT / "app" / "lockstep" / "drill" / "faulty_train.py").read_text()

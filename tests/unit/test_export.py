@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app import export as exporting
+from lockstep.commands import export as exporting
 from lockstep.commands.export import FORMATS, export
 from lockstep.models.actions import build_actions
 from lockstep.models.classifier import classifier_blocks

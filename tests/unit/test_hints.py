@@ -18,7 +18,7 @@ from tests.launching import ROOT, launch
     [
         ("clone", "env/run", "env/run lockstep report runs/a"),
         ("clone", None, "lockstep report runs/a"),
-        ("beside", "../clone/env/run", "../clone/env/run python ../clone/app/report.py runs/a"),
+        ("beside", "../clone/env/run", "../clone/env/run lockstep report runs/a"),
         ("gone", "/x y/env/run", "'/x y/env/run' lockstep report runs/a"),
     ],
 )
@@ -33,12 +33,12 @@ def test_a_suggestion_can_be_pasted(
         monkeypatch.setenv(PREFIX, prefix)
     if folder == "gone":
         (tmp_path / folder).rmdir()
-    assert suggest("lockstep report", "runs/a") == expected.format(root=tmp_path / "clone")
+    assert suggest("report", "runs/a") == expected
 
 
 def test_a_blank_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert suggest("lockstep report", "runs/a b") == "lockstep report 'runs/a b'"
+    assert suggest("report", "runs/a b") == "lockstep report 'runs/a b'"
     monkeypatch.setenv(PREFIX, "env/run")
     assert in_environment("mpirun -np 2") == "env/run mpirun -np 2"
 
@@ -67,16 +67,20 @@ def test_what_a_program_says_is_what_the_user_can_type(how: str, tmp_path: Path)
     assert "--num_epochs" in done.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "app").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "app" / "train.py", *sorted((ROOT / "app" / "lockstep" / "commands").glob("*.py"))],
+    ids=lambda path: path.name,
+)
 def test_help_has_commands_that_can_be_pasted(path: Path) -> None:
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""
     for line in doc.splitlines():
-        if re.match(r" *(\S+ )*(python app/|mpirun -|horovodrun -)", line):
+        if re.match(r" *(\S+ )*(python app/|lockstep |mpirun -|horovodrun -)", line):
             assert "env/run " in line, line
 
 
 def test_no_program_prints_a_bare_command() -> None:
-    """What is printed is made by `suggest`, `program` and `in_environment`."""
+    """What is printed is made by `suggest`, `train_program` and `in_environment`."""
     for path in (ROOT / "app").rglob("*.py"):
         tree = ast.parse(path.read_text())
         docs = {
@@ -89,6 +93,6 @@ def test_no_program_prints_a_bare_command() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docs:
                 for found in re.findall(
-                    r".*\bpython app/(?:report|verify|doctor|postmortem|table|train)\.py.*", node.value
+                    r".*(?:\bpython app/train\.py|^lockstep (?:report|verify|doctor|postmortem) ).*", node.value
                 ):
                     raise AssertionError(f"{path}, line {node.lineno}: {found}")

@@ -1,4 +1,4 @@
-"""Model sharding, parameter sync and merging, with the seed's meaning."""
+"""Model sharding, parameter sync and merging, as the reference means them."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _model() -> nn.Module:
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7, 100])
 def test_a_model_is_cut_into_that_number_of_parts_and_merges_again(num_shards: int) -> None:
-    """The seed's sketch cuts into parts *of size* num_shards: another number of parts for every tensor."""
+    """The reference's sketch cuts into parts *of size* num_shards: another number of parts for every tensor."""
     model = _model()
     sharded = shard_model(model, num_shards)
     for parts in sharded.values():

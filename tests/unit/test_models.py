@@ -38,7 +38,7 @@ def test_the_order_of_patches_matters_to_it() -> None:
     assert not torch.allclose(model(images), model(images.roll(7, dims=2)), atol=1e-4)
 
 
-def test_net_is_the_list_of_its_blocks_under_the_seeds_names() -> None:
+def test_net_is_the_list_of_its_blocks_under_the_references_names() -> None:
     parameters = [name for name, _ in Net().named_parameters()]
     assert parameters == [
         f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weight", "bias")

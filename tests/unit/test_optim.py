@@ -14,7 +14,7 @@ from lockstep.training.optim import build_optimizer, learning_rate_at, set_learn
 from tests.launching import ROOT, launch
 
 
-def test_net_has_the_seeds_parameters_and_gives_log_probabilities() -> None:
+def test_net_has_the_references_parameters_and_gives_log_probabilities() -> None:
     net = Net()
     assert sum(parameter.numel() for parameter in net.parameters()) == 1_199_882
     output = net(torch.rand(3, 1, 28, 28))

@@ -13,7 +13,7 @@ import pytest
 from lockstep.comm.watchdog import bad_state, verdict
 from lockstep.runtime.errors import ExitCode
 from lockstep.runtime.flight_recorder import Heartbeat, Recorder, record_path
-from tests.launching import ROOT, launch
+from tests.launching import launch
 
 NOW = 1000.0
 LOADING = Heartbeat(3, 4, 103, "n2", 9, NOW - 61, 1234, "data loading", "gradient all-reduce", False, 5, NOW, "")
@@ -153,7 +153,7 @@ def test_a_person_can_read_the_records(tmp_path: Path) -> None:
     recorder.enter("evaluation", update=63)
     recorder.keep_in(record_path(tmp_path / "recorder", 1), 1, 2)
     (tmp_path / "recorder" / "verdict.txt").write_text("the job stalled. rank 1: evaluation\n")
-    command = ["python", str(ROOT / "app" / "postmortem.py")]
+    command = ["lockstep", "postmortem"]
     shown = launch([*command, str(tmp_path)])
     assert shown.returncode == 0, shown.output
     assert f"\u2502 1    \u2502 {platform.node()}" in shown.stdout

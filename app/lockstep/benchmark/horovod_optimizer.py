@@ -9,13 +9,12 @@ Channels first, since DistributedOptimizer refuses the gradients of channels-las
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import horovod.torch as hvd
 import torch.nn.functional as F
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.program import run_program
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.replicated import Replicated
 from lockstep.settings import DataSettings, ModelSettings, Settings
@@ -25,8 +24,9 @@ from lockstep.training.optim import build_optimizer
 SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettings(channels_last=False))
 
 
-def main(cluster: Cluster) -> None:
-    options = cluster.on_root(_parse_args)
+def main(cluster: Cluster, arguments: Sequence[str]) -> None:
+    """Collective."""
+    options = cluster.on_root(lambda: _parse_args(arguments))
     task = Classify(SETTINGS, cluster)
     batches = list(task.build_loader(cluster.rank, cluster.size).rest_of_epoch())
     updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
@@ -69,16 +69,12 @@ def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
     return update
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="app/lockstep/benchmark/horovod_optimizer.py",
+        prog="lockstep benchmark optimizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=9, help="after one to warm up (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=60, help="of each in a round (default: %(default)s)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_program(main)
+    return parser.parse_args(arguments)

@@ -60,7 +60,7 @@ def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
     """Collective."""
     settings, options = cluster.on_root(lambda: parse_benchmark(BenchmarkOptions, args))
     if settings.task != "classify":
-        message = f"task is {settings.task}: {kind} measures classify; app/lockstep/benchmark/ppo_peers.py measures ppo"
+        message = f"task is {settings.task}: {kind} measures classify; lockstep benchmark ppo measures ppo"
         raise SettingsError(message).on_all_ranks()
     inventory = take_inventory(cluster)
     if cluster.is_root and not options.json:

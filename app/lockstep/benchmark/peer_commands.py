@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 LOCKSTEP, BF16, ONE_RANK = "Lockstep", "Lockstep, bf16", "Lockstep, one rank"
 ALONE, ALONE_PINNED = "plain PyTorch, one process", "plain PyTorch, one process, pinned"
 THROUGHPUT = "lockstep benchmark throughput --json true --rounds 1 --limit false --data.batch_size_per_rank 32"
-VIT = (  # 49.7 million parameters, as in -m lockstep.benchmark.peers.sharding
+VIT = (  # 49.7 million parameters, as in peers/sharding.py
     "--model.name vit --model.vit.width 768 --model.vit.depth 7 --model.vit.num_heads 12 --optimizer.name adam "
     "--optimizer.weight_decay 0 --data.batch_size_per_rank 8 --updates 10"
 )
 HOW = ("", ", pinned")
 ZERO = {
-    "PyTorch ZeroRedundancyOptimizer": ("zero1", "zero_redundancy.py"),
-    "PyTorch FSDP2, parameters kept": ("zero2", "fsdp2.py --keep"),
-    "PyTorch FSDP2": ("zero3", "fsdp2.py"),
+    "PyTorch ZeroRedundancyOptimizer": ("zero1", "zero_redundancy"),
+    "PyTorch FSDP2, parameters kept": ("zero2", "fsdp2 --keep"),
+    "PyTorch FSDP2": ("zero3", "fsdp2"),
 }
 LOCKSTEP_COMMANDS = {
     LOCKSTEP: f"{{launcher}} {THROUGHPUT}",
@@ -55,8 +55,8 @@ def peers(
     pinned = written | {"OMPI_MCA_mpi_yield_when_idle": "1"}
     first = pinned | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}  # alone, on the cores of rank 0
     ddp = f"torchrun --standalone --nproc-per-node {num_ranks} -m lockstep.benchmark.peers.ddp"
-    horovod = f"{launcher} -m lockstep.benchmark.peers.horovod_example"
-    plain = "-m lockstep.benchmark.peers.plain"
+    horovod = f"{launcher} python -m lockstep.benchmark.peers.horovod_example"
+    plain = "python -m lockstep.benchmark.peers.plain"
     one_thread = cpu | {"OMP_NUM_THREADS": "1"}  # as the peers; a rank of Lockstep alone would take all cores
     arms = [
         *(_peer(name, command.format(launcher=launcher), one_thread) for name, command in LOCKSTEP_COMMANDS.items()),
@@ -80,9 +80,8 @@ def sharding_peers(
     written = cpu | dict.fromkeys(_lockstep_only(environment, oversubscribed=num_ranks > num_cores))
     arms = []
     for name, (parallel, script) in ZERO.items():
-        command = (
-            f"torchrun --standalone --nproc-per-node {num_ranks} benchmarks/peers/{script} --updates 10 --warmup 3"
-        )
+        torchrun = f"torchrun --standalone --nproc-per-node {num_ranks}"
+        command = f"{torchrun} -m lockstep.benchmark.peers.{script} --updates 10 --warmup 3"
         ours = f"{launcher} {THROUGHPUT.replace('--data.batch_size_per_rank 32', VIT)} --parallel {parallel}"
         arms += [
             _peer(f"Lockstep {parallel}", ours, cpu),

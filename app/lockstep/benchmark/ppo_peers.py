@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from lockstep.benchmark.peer_commands import Peer
 from lockstep.benchmark.report import new_folder, print_table, save, spread
 from lockstep.benchmark.running import PeerError, run_peer
-from lockstep.runtime.errors import LockstepError, run_alone
+from lockstep.runtime.errors import LockstepError
 
 LOCKSTEP, CLEANRL, SB3 = "Lockstep, 2 ranks", "CleanRL's style", "Stable-Baselines3"
 SOLVED = 475.0
@@ -48,7 +48,7 @@ class Result:
     steps_to_return: int | None
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """
     Raises:
         LockstepError: one of them did not end well.
@@ -56,7 +56,7 @@ def main() -> None:
     """
     from lockstep.benchmark.figures import plot_peers
 
-    options = _parse_args()
+    options = _parse_args(arguments)
     folder = new_folder(options.out)
     arms = {LOCKSTEP: ("", ""), **_arms(options.env, options.stable_baselines3)}
     names = list(arms)
@@ -102,7 +102,7 @@ def read_run(run: Path) -> Result:
 
 def _arms(env: str, stable_baselines3: Path | None) -> dict[str, tuple[str, str]]:
     """Of each peer, the script and how it is run."""
-    scripts = {CLEANRL: "cleanrl_ppo.py", **({SB3: "sb3_ppo.py"} if stable_baselines3 else {})}
+    scripts = {CLEANRL: "cleanrl_ppo", **({SB3: "sb3_ppo"} if stable_baselines3 else {})}
     ways = {"": "", ", 1 thread": "--threads 1", **({", fast vector": "--vector fast"} if env == "pong" else {})}
     return {f"{name}{way}": (script, how) for name, script in scripts.items() for way, how in ways.items()}
 
@@ -114,11 +114,9 @@ def _run(name: str, env: str, seed: int, script: str, how: str, stable_baselines
     """
     with TemporaryDirectory(prefix="lockstep-ppo-") as folder:
         if name == LOCKSTEP:
-            command = (
-                f"mpirun -np 2 {sys.executable} app/train.py --config {env} --run_dir {folder}/run {LOCKSTEPS[env]}"
-            )
+            command = f"mpirun -np 2 lockstep train --config {env} --run_dir {folder}/run {LOCKSTEPS[env]}"
         else:
-            command = f"{sys.executable} benchmarks/peers/{script} {SETTINGS[env]} {how}"
+            command = f"{sys.executable} -m lockstep.benchmark.peers.{script} {SETTINGS[env]} {how}"
         path = {"PYTHONPATH": str(stable_baselines3.absolute())} if stable_baselines3 else {}
         peer = Peer(name, tuple(shlex.split(f"{command} --seed {seed}")), {} if name == LOCKSTEP else path)
         try:
@@ -140,14 +138,12 @@ def _ignore(output: str) -> None:
     """A run's results are in its folder."""
 
 
-def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lockstep benchmark ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env", choices=sorted(SETTINGS), default="cartpole")
     parser.add_argument("--rounds", type=int, default=5, help="each with a seed of its own (default: %(default)s)")
     parser.add_argument("--stable-baselines3", type=Path, metavar="FOLDER", help="where that package was installed to")
     parser.add_argument("--out", default="runs/benchmark", help="folder for the results (default: %(default)s)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_alone(main)
+    return parser.parse_args(arguments)

@@ -9,6 +9,7 @@ training in turn with and without `--ppo.preemption_threshold`, in steps a secon
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,7 +18,6 @@ from typing import Any
 from gymnasium.envs.classic_control import CartPoleEnv
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.program import run_program
 from lockstep.settings import CheckpointSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
 from lockstep.tasks.ppo import Ppo
 from lockstep.training.build import build_trainer
@@ -50,7 +50,9 @@ class Simulator(CartPoleEnv):
         return super().step(action)  # type: ignore[no-untyped-call]
 
 
-def main(cluster: Cluster) -> None:
+def main(cluster: Cluster, arguments: Sequence[str]) -> None:
+    """Collective."""
+    assert not arguments, "it has no options"
     folder = Path(cluster.on_root(mkdtemp))
     runs = {}
     for name, threshold in (("all wait", None), ("preempted", THRESHOLD)):
@@ -81,7 +83,3 @@ def main(cluster: Cluster) -> None:
 def _subfolder(cluster: Cluster, path: Path) -> RunFolder:
     cluster.on_root(lambda: path.mkdir())
     return RunFolder(path)
-
-
-if __name__ == "__main__":
-    run_program(main)

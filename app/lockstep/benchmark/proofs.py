@@ -11,7 +11,7 @@ import argparse
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 
 from lockstep.benchmark.throughput import forever
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.program import run_program
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.tensor_slices import State
 from lockstep.settings import CheckpointSettings, DataSettings, ProofSettings, Settings
@@ -72,8 +71,9 @@ class Runner:
         return time.perf_counter() - started
 
 
-def main(cluster: Cluster) -> None:
-    options = cluster.on_root(_parse_args)
+def main(cluster: Cluster, arguments: Sequence[str]) -> None:
+    """Collective."""
+    options = cluster.on_root(lambda: _parse_args(arguments))
     block, variants = options.updates, _variants(options.updates)
     folder = Path(cluster.on_root(lambda: mkdtemp(prefix="lockstep-benchmark-")))
     runners = {name: _build(cluster, settings, folder / name) for name, settings in variants.items()}
@@ -144,7 +144,9 @@ def _append_time(times: list[float], function: Callable[[], object]) -> None:
 def _print(
     num_ranks: int, block: int, seconds: dict[str, list[float]], own_cost: dict[str, float], stall: float, whole: float
 ) -> None:
-    print(f"{num_ranks} ranks, {len(seconds['plain'])} rounds of {block} updates, 32 images a rank, the seed's network")
+    print(
+        f"{num_ranks} ranks, {len(seconds['plain'])} rounds of {block} updates, 32 images a rank, the reference network"
+    )
     print(f"{'':22} {'ms/update':>10} {'to plain':>9} {'(min ... max)':>18} {'own cost':>10}")
     plain = statistics.median(seconds["plain"]) / block
     for name, times in seconds.items():
@@ -157,16 +159,12 @@ def _print(
     print(f"({stall / whole:.1%})")
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="app/lockstep/benchmark/proofs.py",
+        prog="lockstep benchmark proofs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--updates", type=int, default=100, help="in a block (default: %(default)s, as intervals are)")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_program(main)
+    return parser.parse_args(arguments)

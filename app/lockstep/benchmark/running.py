@@ -17,7 +17,6 @@ from lockstep.benchmark.peer_commands import Peer
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 3  # between asking a peer to end and killing it
 TAIL = 15  # lines of a failed peer's output that are shown
 FAMILY = "PEER_FAMILY"  # in the environment of everything that a peer starts, so that nothing of it stays behind
@@ -63,7 +62,6 @@ def _start(peer: Peer, copy: int, token: str, output: Path) -> subprocess.Popen[
     with output.open("wb") as stdout, output.with_suffix(".err").open("wb") as stderr:
         return subprocess.Popen(
             peer.command,
-            cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stdout,

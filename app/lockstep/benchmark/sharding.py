@@ -104,7 +104,7 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
 def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[float, float | None]:
     """Collective: bytes that the rank with most holds between updates, and sends in one, with Adam.
 
-    With P bytes of parameters on N ranks, of which the largest block has L: see the head of app/lockstep/parallel/zero.py. The
+    With P bytes of parameters on N ranks, of which the largest block has L: see the head of parallel/zero.py. The
     memory that blocks pass through counts as held: two slots for gradients, one for those received, two for parameters
     at stage 3, and two for the parts that are sent below it. A pipeline sends activations, which have no such formula.
     """

@@ -68,7 +68,7 @@ def measure_throughput(
         settings,
         num_epochs=10**6,
         optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
-        checkpoint=CheckpointSettings(interval=0),  # their cost is told by app/lockstep/benchmark/proofs.py
+        checkpoint=CheckpointSettings(interval=0),  # their cost is told by `benchmark proofs`
         proof=replace(settings.proof, ledger=True),
     )
     run = _Run(cluster, settings, folder)

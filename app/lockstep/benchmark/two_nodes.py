@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -69,8 +70,8 @@ exec taskset --cpu-list "$TWO_NODES_CORES_0" "$@"
 """
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: Sequence[str]) -> None:
+    options = parse_options(arguments)
     check_machine()
     # From here on every child of this process is in a new PID namespace; the first one is its process 1.
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWPID):
@@ -84,16 +85,16 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Runs a command on two simulated nodes, joined by a link of known speed.",
-        usage="env/run lockstep benchmark two_nodes [OPTION...] -- COMMAND [ARGUMENT...]",
+        usage="lockstep benchmark two_nodes [OPTION...] -- COMMAND [ARGUMENT...]",
     )
     parser.add_argument("--rate", default="1gbit", help="of the link, as tc writes it (default: %(default)s)")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=600, help="seconds (default: %(default)s)")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check_machine() -> None:
@@ -164,7 +165,3 @@ def stop(signal_number: int, _: FrameType | None) -> NoReturn:
 def fail(reason: str) -> NoReturn:
     print(f"two_nodes: {reason}", file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

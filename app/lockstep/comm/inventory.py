@@ -14,6 +14,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.horovod_library import gpu_left_idle, horovod_operations
 from lockstep.comm.ranks import mpi_version
 from lockstep.runtime.affinity import allowed_cpus, format_cpus
+from lockstep.runtime.hints import this_program
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy", "safetensors")
 
@@ -22,7 +23,7 @@ def take_inventory(cluster: Cluster) -> dict[str, Any]:
     """Collective: everything that another person needs to know about where this run ran."""
     ranks = cluster.all_gather_object(_describe_rank(cluster))
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": [*this_program(), *sys.argv[1:]],
         "versions": {
             "lockstep": __version__,
             "python": platform.python_version(),

@@ -17,7 +17,7 @@ from lockstep.runtime.launcher import detect_launcher
 # all-reduce of 2 ms takes 50 ms.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Over TCP, on one connection, each message's announcement waits behind the rank's own data: 60 ms in place of 40 for
-# the seed's gradient at 1 Gbit/s. Other networks take no notice.
+# the reference network's gradient at 1 Gbit/s. Other networks take no notice.
 os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
 
 from mpi4py import MPI as MPI  # for comm.py, which must import it before Horovod

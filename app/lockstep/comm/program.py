@@ -53,7 +53,7 @@ def _deadline_to_meet() -> Iterator[None]:
     """The ranks must come together in time; after that the run's own watchdog sees to it that they get on."""
 
     def give_up() -> None:
-        doctor = suggest("lockstep doctor")
+        doctor = suggest("doctor")
         why = f"the ranks have not all come together within {SECONDS_TO_MEET:.0f} s; {doctor} tells why"
         try:
             _abort(f"{platform.node()}: {why}", ExitCode.STALLED)

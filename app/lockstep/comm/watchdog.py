@@ -121,7 +121,7 @@ class Watchdog:
         os._exit(ExitCode.STALLED)
 
     def _tell(self, text: str) -> None:
-        postmortem = suggest("lockstep postmortem", self._folder.parent)
+        postmortem = suggest("postmortem", self._folder.parent)
         where = f"Python stacks: {self._folder}/rank*.stacks; what each rank was at: {postmortem}"
         print(f"lockstep: {text}\n{where}", file=sys.stderr, flush=True)
 

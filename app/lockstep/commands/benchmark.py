@@ -8,47 +8,56 @@
     env/run lockstep benchmark peers --suite sharding         ZeRO 1-3 beside PyTorch's ZeRO and FSDP2
     env/run lockstep benchmark scaling --ranks 1,2,4          weak and strong; starts the ranks itself
 
-Each prints a table, and writes JSON and a picture to --out. `throughput`, `comm` and `pipeline` take every setting of
-app/train.py beside their own (--help shows them), `sharding` those of the model's size; `scaling` hands on what it does
-not know to the runs that it starts.
+    env/run mpirun -np 2 lockstep benchmark proofs              what ledger, replica check and checkpoints cost
+    env/run mpirun -np 2 lockstep benchmark optimizer           our gradient buffer beside Horovod's DistributedOptimizer
+    env/run mpirun -np 2 lockstep benchmark preemption          PPO with and without preemption of slow ranks
+    env/run lockstep benchmark ppo                              PPO beside CleanRL's style and Stable-Baselines3
+    env/run lockstep benchmark two_nodes -- COMMAND             COMMAND on two simulated nodes with a link of known speed
+
+Each prints a table; those of the first group write JSON and a picture to --out. `throughput`, `comm` and `pipeline`
+take every setting of app/train.py beside their own (--help shows them), `sharding` those of the model's size; `scaling`
+hands on what it does not know to the runs that it starts.
 """
 
 import os
 import sys
+from importlib import import_module
 
 from lockstep.runtime.errors import SettingsError, run_alone
 from lockstep.runtime.network_counters import OVER_LOOPBACK
 
-IN_A_JOB = ("throughput", "comm", "sharding", "pipeline")
-STARTING_JOBS = ("peers", "scaling")
+INSIDE_JOB = ("throughput", "comm", "sharding", "pipeline")
+LAUNCHING = ("peers", "scaling")
+BY_RANKS = {"proofs": "proofs", "optimizer": "horovod_optimizer", "preemption": "preemption"}  # kind: module
+ALONE = {"ppo": "ppo_peers", "two_nodes": "two_nodes"}
 
 
 def main() -> None:
     kind = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    args = sys.argv[2:]
-    if kind in IN_A_JOB:
+    arguments = sys.argv[2:]
+    if kind in ("-h", "--help"):
+        print(__doc__)
+    elif kind in LAUNCHING:
+        from lockstep.benchmark import launching
+
+        run_alone(lambda: launching.main(kind, arguments))
+    elif kind in ALONE:
+        run_alone(lambda: import_module(f"lockstep.benchmark.{ALONE[kind]}").main(arguments))
+    elif kind in INSIDE_JOB or kind in BY_RANKS:
         if kind == "sharding":
             os.environ.update(OVER_LOOPBACK)  # so that the kernel counts what is sent
         # To import these is to become an MPI process, which could not start others.
-        from lockstep.benchmark import inside_job as in_a_job
+        from lockstep.benchmark import inside_job
         from lockstep.comm.program import run_program
 
-        run_program(lambda cluster: in_a_job.main(cluster, kind, args))
-    elif kind in STARTING_JOBS:
-        from lockstep.benchmark import launching as starting_jobs
-
-        run_alone(lambda: starting_jobs.main(kind, args))
-    elif kind in ("-h", "--help"):
-        print(__doc__)
+        if kind in BY_RANKS:
+            run_program(lambda cluster: import_module(f"lockstep.benchmark.{BY_RANKS[kind]}").main(cluster, arguments))
+        else:
+            run_program(lambda cluster: inside_job.main(cluster, kind, arguments))
     else:
-        kinds = ", ".join(IN_A_JOB + STARTING_JOBS)
-        error = SettingsError(f"there is no benchmark {kind!r}: choose one of {kinds}")
-        run_alone(lambda: _refuse(error))
+        run_alone(lambda: _refuse(kind))
 
 
-def _refuse(error: SettingsError) -> None:
-    raise error
-
-
-if __name__ == "__main__":
-    main()
+def _refuse(kind: str) -> None:
+    kinds = ", ".join([*INSIDE_JOB, *LAUNCHING, *BY_RANKS, *ALONE])
+    raise SettingsError(f"there is no benchmark {kind!r}: choose one of {kinds}")

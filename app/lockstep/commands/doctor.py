@@ -33,7 +33,7 @@ LOST_UNTIL = LOOK_UNTIL + 2.0  # with no other rank to meet, the speaker needs n
 TO_STANDARD_OUTPUT = "true"
 
 
-def main() -> None:
+def run() -> None:
     """Raises StorageError if the JSON cannot be written."""
     options = parse_options()
     with examining(options.folder, STARTED) as facts:
@@ -86,5 +86,5 @@ def tell(facts: Facts, json_file: str | None) -> ExitCode:
     return code
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    run_alone(run)

@@ -25,7 +25,7 @@ from lockstep.runtime.errors import SettingsError, UnhealthyError, run_alone
 from lockstep.training.run_folder import storage_errors
 
 
-def main() -> None:
+def run() -> None:
     """Raises UnhealthyError if not all went as it should."""
     options = _parse_args()
     if unknown := set(options.faults) - set(FAULTS):
@@ -83,5 +83,5 @@ def _parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    run_alone(run)

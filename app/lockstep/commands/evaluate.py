@@ -30,7 +30,7 @@ NUM_MISTAKES = 24
 MAX_CLASSES_SHOWN = 25
 
 
-def main(cluster: Cluster) -> None:
+def run(cluster: Cluster) -> None:
     arguments = cluster.on_root(_parse_args)
     folder = RunFolder(arguments.run)
     settings = cluster.on_root(lambda: _settings_for(arguments))
@@ -116,5 +116,5 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-if __name__ == "__main__":
-    run_program(main)
+def main() -> None:
+    run_program(run)

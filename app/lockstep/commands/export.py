@@ -33,7 +33,7 @@ NUM_CHECKED = 64  # other samples, and more of them
 TOLERANCE = 1e-5  # of the largest output: others compute in another order, in float32
 
 
-def main(cluster: Cluster) -> None:
+def run(cluster: Cluster) -> None:
     """
     Raises:
         LockstepError: what was written does not give what the model gives.
@@ -126,5 +126,5 @@ def _parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    run_program(main)
+def main() -> None:
+    run_program(run)

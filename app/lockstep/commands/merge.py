@@ -24,7 +24,7 @@ PREFIX = "model/"
 AVERAGE_PREFIX = f"optimizer/{AVERAGE}/"
 
 
-def main() -> None:
+def run() -> None:
     """
     Raises:
         SettingsError: there is no such checkpoint.
@@ -85,5 +85,5 @@ def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    run_alone(run)

@@ -16,7 +16,7 @@ from lockstep.runtime.errors import StorageError, run_alone
 from lockstep.runtime.flight_recorder import FOLDER, read_heartbeats
 
 
-def main() -> None:
+def run() -> None:
     """Raises StorageError where there is no record."""
     folder = _parse_args().run
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
@@ -44,5 +44,5 @@ def _parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    run_alone(run)

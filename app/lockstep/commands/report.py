@@ -2,6 +2,7 @@
 
 env/run lockstep report runs/latest                       runs/latest/report.html
 env/run lockstep report runs/a runs/b --out report.html   two runs side by side
+env/run lockstep report runs/sweep-17 --table             a table of all runs of a sweep, or of several runs; no page
 """
 
 import argparse
@@ -15,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 from lockstep import __version__
 from lockstep.report.drawing import draw_confusion, draw_curves, draw_returns, draw_time
 from lockstep.report.records import Record, efficiencies, read_record
-from lockstep.report.table import RESULTS, settings_that_differ
+from lockstep.report.table import RESULTS, settings_that_differ, tell_table
 from lockstep.runtime.affinity import format_cpus
 from lockstep.runtime.errors import StorageError, run_alone
 from lockstep.runtime.hints import suggest
@@ -23,13 +24,16 @@ from lockstep.settings.reading import SETTINGS_FILE
 from lockstep.training.run_folder import RunFolder
 
 
-def main() -> None:
+def run() -> None:
     """
     Raises:
         StorageError: there is no such run, or the page cannot be written.
         SettingsError: a run's settings cannot be read.
     """
     arguments = _parse_args()
+    if arguments.table:
+        tell_table(arguments.runs)
+        return
     for run in arguments.runs:
         if not (run / SETTINGS_FILE).is_file():
             raise StorageError(f"{run} is not the folder of a run: it holds no {SETTINGS_FILE}")
@@ -41,7 +45,7 @@ def main() -> None:
 
 def render(records: Sequence[Record]) -> str:
     """The page, which holds everything within itself."""
-    environment = Environment(loader=PackageLoader("app", "reporting"), autoescape=True, trim_blocks=True)
+    environment = Environment(loader=PackageLoader("lockstep", "report"), autoescape=True, trim_blocks=True)
     environment.globals |= {"number": _number, "ranges": format_cpus, "suggest": suggest}
     return environment.get_template("page.html").render(
         title=", ".join(record.name for record in records),
@@ -71,9 +75,10 @@ def _parse_args() -> argparse.Namespace:
         prog="lockstep report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", help="the folders of runs, such as runs/latest")
+    parser.add_argument("--table", action="store_true", help="print one line for each run; of a sweep, keep it there")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run's folder)")
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    run_alone(run)

@@ -1,12 +1,16 @@
 """Checks offline what a run has left behind: every byte of its checkpoints, and its ledger. Needs no MPI.
 
 env/run lockstep verify runs/latest
+env/run lockstep verify --resume       certifies that a killed run is one that never stopped; has a --help of its own
 """
 
 import argparse
+import itertools
 import json
+import sys
 from pathlib import Path
 
+from lockstep.drill.certificate import certify_resuming
 from lockstep.runtime.errors import LockstepError, StorageError, run_alone
 from lockstep.settings.reading import SETTINGS_FILE, load_settings
 from lockstep.training.checkpoint import Checkpoint, list_checkpoints, verify_checkpoint
@@ -15,9 +19,11 @@ from lockstep.training.run_folder import SUMMARY
 from lockstep.training.sample_ledger import find_gaps, last_attempt, read_ledger
 
 
-def main() -> None:
+def run() -> None:
     """Raises StorageError, once everything has been told, if anything is not as it should be."""
-    parser = argparse.ArgumentParser(prog="lockstep verify", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="lockstep verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
     run: Path = parser.parse_args().run
     if not run.is_dir():
@@ -98,5 +104,6 @@ def _progress(run: Path, checkpoint: Checkpoint | None) -> Progress:
     return Progress(**checkpoint.counters["progress"]) if checkpoint else Progress()
 
 
-if __name__ == "__main__":
-    run_alone(main)
+def main() -> None:
+    own_options = itertools.takewhile(lambda argument: argument != "--", sys.argv)
+    run_alone(certify_resuming if "--resume" in own_options else run)

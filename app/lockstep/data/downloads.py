@@ -44,7 +44,7 @@ class Download:
         published: its name in torchvision.
         folder: below the root, where its files are.
         files: what is to be copied there by hand where there is no network.
-        mean, std: of its pixels, by channel; the seed's 0.5 for MNIST.
+        mean, std: of its pixels, by channel; the reference's 0.5 for MNIST.
     """
 
     published: str

@@ -55,7 +55,7 @@ class ImageSet:
         images: (N, channels, height, width) uint8.
         labels: (N,) int64 in 0 ... num_classes - 1.
         num_classes: the number of classes.
-        mean, std: by channel, or one for all: each pixel p in 0 ... 1 becomes (p - mean) / std; the seed's are 0.5.
+        mean, std: by channel, or one for all: each pixel p in 0 ... 1 becomes (p - mean) / std.
         transform: what augments one image (channels, height, width) of bytes.
     """
 

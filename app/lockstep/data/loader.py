@@ -33,8 +33,8 @@ class LabelledBatch(Batch):
 
 
 class BatchLoader:
-    """Divides each *global* batch over the shards (seed, section 5.3), so that the order in which samples are learned
-    depends on (seed, epoch) alone and not on the number of shards. The last batch of an epoch may be ragged.
+    """Divides each *global* batch over the shards (reference, section 5.3), so that the order in which samples are
+    learned depends on (seed, epoch) alone and not on the number of shards. The last batch of an epoch may be ragged.
 
     Attributes:
         batch_size: samples of one global batch.

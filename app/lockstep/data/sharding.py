@@ -1,4 +1,4 @@
-"""Data sharding (seed, section 4.1): who works on what. Pure functions; nothing here knows of ranks.
+"""Data sharding (reference, section 4.1): who works on what. Pure functions; nothing here knows of ranks.
 
 Every way of sharding gives shards that are disjoint, complete and balanced: their sizes differ by one at most.
 """
@@ -18,7 +18,7 @@ S = TypeVar("S", bound=Sequence[Any] | torch.Tensor | np.ndarray[Any, Any])
 
 
 def shard_data(data: S, num_shards: int) -> dict[str, S]:
-    """Cut `data` into `num_shards` contiguous shards, keyed by the sha256 of their content (seed, section 4.1).
+    """Cut `data` into `num_shards` contiguous shards, keyed by the sha256 of their content (reference, section 4.1).
 
     The key counts every element, type and shape of the shard, and its place, so that equal shards keep apart.
 
@@ -61,7 +61,7 @@ def _content(value: Any) -> Iterator[bytes | memoryview]:
 
 
 def shard_bounds(num_items: int, num_shards: int) -> list[int]:
-    """Where `num_items` are cut into `num_shards` parts, as the seed does: part i is [i * n // k, (i + 1) * n // k)."""
+    """Where `num_items` are cut into `num_shards` parts, as the reference does: part i is [i * n // k, (i + 1) * n // k)."""
     if num_shards < 1:
         raise ValueError(f"num_shards is {num_shards}: at least 1 is needed")
     return [index * num_items // num_shards for index in range(num_shards + 1)]

@@ -8,7 +8,7 @@ from lockstep.doctor.facts import Facts, Slurm, Unknown
 from lockstep.doctor.findings import Finding
 from lockstep.doctor.node_checks import UNBOUND, visible_gpus
 from lockstep.runtime.affinity import num_cores
-from lockstep.runtime.hints import in_environment, program
+from lockstep.runtime.hints import in_environment, train_program
 from lockstep.runtime.launcher import pmi_of
 
 
@@ -27,7 +27,7 @@ def launch_line(facts: Facts, findings: Sequence[Finding]) -> str:
         line = _in_slurm(facts, ranks_of_nodes, unbound)
     else:
         line = _by_mpirun(facts, ranks_of_nodes, unbound)
-    train = program("app/train.py")
+    train = train_program()
     if line.startswith("srun") or len(ranks_of_nodes) > 1:  # each rank finds the environment of its own node
         train = in_environment(train)
     return clean + (f"{line} {train}" if line.startswith("srun") else in_environment(f"{line} {train}"))

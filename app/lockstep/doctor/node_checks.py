@@ -5,7 +5,7 @@ from lockstep.doctor.findings import Finding, fault, ok, warning
 from lockstep.doctor.formatting import GIB, MIB, count, duration, size
 from lockstep.runtime.affinity import Cpus, choose_gpus, format_cpus, share_cores
 
-MEMORY_A_RANK = 1 * GIB  # an empty program with torch and Horovod takes 350 MiB, the seed's training 700
+MEMORY_A_RANK = 1 * GIB  # an empty program with torch and Horovod takes 350 MiB, the reference network's training 700
 SHM_A_RANK = 64 * MIB  # MPI's messages between the ranks of a node, NCCL's, and workers of a data loader
 MEMLOCK = 64 * MIB  # below it, InfiniBand cannot register its buffers
 OPEN_FILES, FEW_OPEN_FILES = 256, 1024

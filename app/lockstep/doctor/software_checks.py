@@ -7,7 +7,7 @@ from lockstep.doctor.facts import Facts, Joined, Libraries, LocalFacts, Unknown
 from lockstep.doctor.findings import Finding, fault, ok, warning
 from lockstep.doctor.formatting import count, nccl_version, numbers_in, some_of
 from lockstep.doctor.gathering import NO_ANSWER
-from lockstep.runtime.hints import program
+from lockstep.runtime.hints import train_program
 from lockstep.runtime.installation import Installation
 from lockstep.runtime.launcher import NONE, describe_loss, how_to_start, ranks_are_lost, remark_on
 
@@ -32,7 +32,7 @@ def check_launcher_says_what_mpi_says(facts: Facts) -> list[Finding]:
         what = f"{launcher}: MPI has no part in it, so that ranks are not compared with each other"
         return [warning("launcher", what, f"start the doctor with {facts.local.installation.mpirun}")]
     if ranks_are_lost(launcher, joined.size):
-        fix = how_to_start(launcher, joined.version, facts.local.installation.mpirun, program("app/train.py"))
+        fix = how_to_start(launcher, joined.version, facts.local.installation.mpirun, train_program())
         return [fault("launcher", describe_loss(launcher, joined.size, joined.version), fix)]
     if remark := remark_on(launcher, joined.size):
         return [warning("launcher", remark.removeprefix("warning: "), "as below")]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.sharding import content_hash
-from lockstep.runtime.errors import LockstepError, NonFiniteError, ReplicasDifferError, run_alone
+from lockstep.runtime.errors import LockstepError, NonFiniteError, ReplicasDifferError
 from lockstep.runtime.flight_recorder import FOLDER as RECORDER
 from lockstep.runtime.flight_recorder import read_heartbeats
 from lockstep.settings.reading import SETTINGS_FILE, load_settings
@@ -35,7 +35,7 @@ from lockstep.training.position import Progress
 from lockstep.training.run_folder import HISTORY
 from lockstep.training.sample_ledger import find_gaps, ledger_digest, read_ledger
 
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = ["-m", "lockstep", "train"]
 INTERVAL = 20
 SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --proof.ledger true --optimizer.weight_decay 0.01"
 SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
@@ -44,7 +44,7 @@ ATTEMPT_TIMEOUT_SECONDS = 600
 MAX_DELAY_SECONDS = 0.6  # between a checkpoint and the kill: the updates of that time are lost
 
 
-def main() -> None:
+def certify_resuming() -> None:
     """Raises ReplicasDifferError if the two runs differ."""
     arguments = _parse_args()
     ranks: list[int] = arguments.ranks
@@ -70,6 +70,7 @@ def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lockstep verify --resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--resume", action="store_true", required=True, help="what is certified")
     parser.add_argument(
         "--ranks",
         type=_numbers_of_ranks,
@@ -97,7 +98,7 @@ def _train(
     command = [
         *shlex.split(launcher.format(ranks=num_ranks)),
         sys.executable,
-        str(TRAIN),
+        *TRAIN,
         "--run_dir",
         str(run),
         *settings,
@@ -142,7 +143,7 @@ def _kill_ranks(process: psutil.Popen) -> int:
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in [*process.children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if child.cmdline()[1:2] == [str(TRAIN)]:
+                if child.cmdline()[1:4] == TRAIN:
                     child.kill()
                     num_killed += 1
     return num_killed
@@ -231,7 +232,3 @@ def _compare_tensors(what: str, never: dict[str, Tensor], stopped: dict[str, Ten
 def _tell(what: str, never: str, stopped: str) -> bool:
     print(f"{what:14} {never[:16]} {stopped[:16]} {'identical' if never == stopped else 'DIFFERENT'}")
     return never == stopped
-
-
-if __name__ == "__main__":
-    run_alone(main)

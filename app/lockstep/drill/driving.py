@@ -19,7 +19,6 @@ from lockstep.runtime.errors import LockstepError, StorageError
 from lockstep.training.checkpoint import list_checkpoints
 from lockstep.training.sample_ledger import read_ledger
 
-APP = Path(__file__).parents[1]
 INTERVAL = 4
 UPDATE = 2 * INTERVAL + 2  # counted from 1; before it two checkpoints are made, and one update that none of them has
 SETTINGS = (
@@ -105,7 +104,7 @@ class Drill:
         fault, run = FAULTS[name], self.folder / name
         rank = 0 if name == "full_disk" else self.num_ranks - 1  # of a job on several nodes, on the last of them
         injected_file = self.folder / f"{name}.injected"
-        program = [str(APP / "drilling/faulty_train.py"), name, str(rank), str(UPDATE), str(injected_file)]
+        program = ["-m", "lockstep.drill.faulty_train", name, str(rank), str(UPDATE), str(injected_file)]
         job = self._start([*program, *self._settings(run)], name)
         if "not possible here: " in job.output:
             reason = re.search(r"not possible here: (.*)", job.output)
@@ -167,7 +166,7 @@ class Drill:
 
     def _train(self, name: str, resume: bool) -> Job:
         settings = self._settings(self.folder / name) + (["--resume"] if resume else [])
-        return self._start([str(APP / "train.py"), *settings], f"{name}-resumed" if resume else name)
+        return self._start(["-m", "lockstep", "train", *settings], f"{name}-resumed" if resume else name)
 
     def _start(self, program: Sequence[str], log: str) -> Job:
         """Start `program` on all ranks, and wait for its end; the output goes to a log, too."""
@@ -203,7 +202,7 @@ class Drill:
         deadline = time.monotonic() + seconds
         while left_behind(f"--run_dir {run}") and time.monotonic() < deadline:
             time.sleep(0.2)
-        counted = self._start([str(APP / "drilling/processes.py"), f"--run_dir {run}"], f"{run.name}-left")
+        counted = self._start(["-m", "lockstep.drill.processes", f"--run_dir {run}"], f"{run.name}-left")
         if counted.code != 0:
             return [f"they could not be counted: {counted.output[-300:]}"]
         return sorted({line.strip() for _, line in counted.lines if f"--run_dir {run}" in line})

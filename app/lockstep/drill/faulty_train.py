@@ -1,5 +1,7 @@
-"""app/train.py with one fault: `python app/lockstep/drill/faulty_train.py FAULT RANK UPDATE FILE [settings of app/train.py]`
-injects FAULT into RANK before UPDATE, and writes the time of it to FILE. Started by lockstep drill.
+"""A training with one fault, for `lockstep drill`.
+
+`python -m lockstep.drill.faulty_train FAULT RANK UPDATE FILE [SETTING...]` injects FAULT into RANK before UPDATE, and
+writes the time of it to FILE. What follows are settings of `lockstep train`.
 """
 
 import os
@@ -17,8 +19,8 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
 from lockstep.data.batch import Batch
 from lockstep.runtime.errors import SettingsError
-from lockstep.training import run as train
 from lockstep.training.checkpoint import list_checkpoints
+from lockstep.training.run import run
 from lockstep.training.trainer import Trainer
 
 SECONDS_SLOWER = 0.2
@@ -121,7 +123,7 @@ def main(cluster: Cluster) -> None:
         if cluster.rank == rank:
             _plant(trainer, INJECT[fault], update, file, trainer.folder.path)
 
-    train.main(cluster, plant)
+    run(cluster, plant)
 
 
 if __name__ == "__main__":

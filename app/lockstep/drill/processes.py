@@ -1,13 +1,14 @@
-"""Which processes of a job are left on this node: `python app/lockstep/drill/processes.py WORD` prints those whose command
+"""Which processes of a job are left on this node: `python -m lockstep.drill.processes WORD` prints those whose command
 line has WORD in it, one a line, with the node. Needs nothing but psutil, and can be started under any launcher.
 """
 
 import os
 import platform
 import sys
-from pathlib import Path
 
 import psutil
+
+PROGRAM = "lockstep.drill.processes"
 
 
 def left_behind(word: str) -> list[str]:
@@ -17,7 +18,7 @@ def left_behind(word: str) -> list[str]:
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or ())
-        mine = process.info["pid"] == os.getpid() or Path(__file__).name in command
+        mine = process.info["pid"] == os.getpid() or PROGRAM in command
         if word in command and not mine and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(f"{platform.node()} {process.info['pid']} {command[:120]}")
     return found

@@ -1,4 +1,4 @@
-"""The seed's convolutional network (seed, section 5.2)."""
+"""The reference network, a convolutional one (reference, section 5.2)."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Net(nn.Sequential):
 
     Args:
         dropout1: probability of dropping a channel after the convolutions.
-        dropout2: probability of dropping a unit after the first linear layer. The seed names it `Dropout2d` too, which
+        dropout2: probability of dropping a unit after the first linear layer. The reference names it `Dropout2d` too, which
             on (N, units) means what `Dropout` says; PyTorch has deprecated the former.
     """
 

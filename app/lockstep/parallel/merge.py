@@ -1,7 +1,7 @@
-"""Model sharding, parameter sync and merging (seed, sections 4.2, 4.3 and step 5 of 3): pure functions of tensors.
+"""Model sharding, parameter sync and merging (reference, sections 4.2, 4.3 and step 5 of 3): pure functions of tensors.
 
 A model in parts maps each tensor's name to its parts in order. Tensors are cut by elements, in row-major order, into a
-*number* of parts that differ by one element at most; the seed's `split(num_shards)` cut by *size*.
+*number* of parts that differ by one element at most; the reference's `split(num_shards)` cut by *size*.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ ShardedTensors = dict[str, list[Tensor]]
 
 
 def shard_model(model: nn.Module | Mapping[str, Tensor], num_shards: int) -> ShardedTensors:
-    """Cut every parameter and buffer of `model` into `num_shards` flat parts (seed, section 4.2).
+    """Cut every parameter and buffer of `model` into `num_shards` flat parts (reference, section 4.2).
 
     Returns:
         name -> `num_shards` tensors (n,), in order; the last parts of a small tensor may be empty. They are views of
@@ -32,7 +32,7 @@ def shard_model(model: nn.Module | Mapping[str, Tensor], num_shards: int) -> Sha
 
 
 def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Sequence[Tensor]]) -> None:
-    """Overwrite the parts in `sharded` with those of `params`, in place (seed, section 4.3).
+    """Overwrite the parts in `sharded` with those of `params`, in place (reference, section 4.3).
 
     Raises:
         ValueError: `params` lacks a tensor, or has it in parts of other numbers or lengths; nothing is changed then.
@@ -47,7 +47,7 @@ def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Se
 
 
 def merge_shards(sharded: Mapping[str, Sequence[Tensor]], like: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the parts of every tensor together again (seed, step 5 of section 3): the inverse of `shard_model`.
+    """Put the parts of every tensor together again (reference, step 5 of section 3): the inverse of `shard_model`.
 
     Args:
         sharded: the parts, for every name in `like`.
@@ -72,7 +72,7 @@ def merge_on_root(
     write: Callable[[str, Tensor], None] | None,
 ) -> None:
     """Collective: merge a model that lives in parts on all ranks, tensor by tensor, so that rank 0 needs memory for the
-    largest tensor only (seed, step 5 of section 3).
+    largest tensor only (reference, step 5 of section 3).
 
     Args:
         like: gives names, shapes and data types.

@@ -1,10 +1,5 @@
-"""One table of many runs: how each did, and the settings in which they differ. Needs no MPI.
+"""One table of many runs: how each did, and the settings in which they differ."""
 
-env/run lockstep report --table runs/sweep-17                    all runs of a sweep; also into its table.txt and table.json
-env/run lockstep report --table runs/train-12 runs/train-13      these two
-"""
-
-import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lockstep.runtime.errors import ExitCode, StorageError, run_alone
+from lockstep.runtime.errors import ExitCode, StorageError
 from lockstep.settings.reading import SETTINGS_FILE, flat_settings, load_settings
 from lockstep.training.run_folder import RunFolder, storage_errors
 
@@ -48,13 +43,13 @@ class Run:
     results: Mapping[str, Any] = field(default_factory=dict)
 
 
-def main() -> None:
-    """
+def tell_table(folders: Sequence[Path]) -> None:
+    """Print one line for each run; for a sweep, which one folder stands for, into its table.txt and table.json, too.
+
     Raises:
         StorageError: there are no runs, or the table cannot be written.
         SettingsError: a run's settings cannot be read.
     """
-    folders = _parse_args().runs
     sweep = folders[0] if len(folders) == 1 and not _is_run(folders[0]) else None
     runs = [read_run(folder) for folder in (_runs_of(sweep) if sweep else folders)]
     differing = settings_that_differ(runs)
@@ -147,15 +142,3 @@ def _name_of(code: int) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep report --table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="the folder of a sweep, or those of some runs")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_alone(main)

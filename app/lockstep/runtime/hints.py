@@ -2,10 +2,11 @@
 
 import os
 import shlex
+import sys
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PREFIX = "LOCKSTEP_PREFIX"  # how env/run was typed; env/activate takes it back
 
 
@@ -15,14 +16,22 @@ def in_environment(command: str) -> str:
     return f"{shlex.quote(prefix)} {command}" if prefix else command
 
 
-def program(name: str, *arguments: object) -> str:
-    """`lockstep report ARGUMENT...`, by the program's path from here."""
-    path = str(ROOT / name)
+def suggest(command: str, *arguments: object) -> str:
+    """`lockstep COMMAND ARGUMENT...`, to be pasted."""
+    return in_environment(shlex.join(["lockstep", command, *map(str, arguments)]))
+
+
+def train_program() -> str:
+    """`python app/train.py`, by its path from here; `lockstep train` where there is no clone."""
+    path = ROOT / "app" / "train.py"
+    if not path.is_file():
+        return "lockstep train"
     with suppress(OSError):  # the folder that we are in is gone
-        path = min(os.path.relpath(path), path, key=len)
-    return shlex.join(["python", path, *map(str, arguments)])
+        return shlex.join(["python", min(os.path.relpath(path), str(path), key=len)])
+    return shlex.join(["python", str(path)])
 
 
-def suggest(name: str, *arguments: object) -> str:
-    """One of our programs, to be pasted."""
-    return in_environment(program(name, *arguments))
+def this_program() -> list[str]:
+    """How this program was started, without its arguments: `python app/train.py`, or `lockstep train`."""
+    program = sys.argv[0]
+    return program.split() if program.startswith("lockstep ") else ["python", program]

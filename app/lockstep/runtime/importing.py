@@ -26,7 +26,27 @@ def find(name: str, setting: str) -> Any:
     try:
         return getattr(found, attribute)
     except AttributeError:
-        raise SettingsError(f"{setting} is {name}: {found} has no {attribute}") from None
+        hidden = _hidden_by(found)
+        raise SettingsError(f"{setting} is {name}: {found} has no {attribute}{hidden}") from None
+
+
+def _hidden_by(found: ModuleType) -> str:
+    """What to say if the installed package `found` hides a module of the working folder; nothing if it does not."""
+    top = found.__name__.partition(".")[0]
+    here = Path.cwd()
+    mine = next((path for path in (here / f"{top}.py", here / top) if path.exists()), None)
+    if mine is None or here in Path(found.__file__ or here / top).parents:
+        return ""
+    return f". What is installed comes before the working folder, which has {mine.name} too: rename that"
+
+
+def _look_in_working_folder() -> str:
+    """Let modules of the working folder be found: after all that is installed, and before the programs of a clone."""
+    here, programs = str(Path.cwd()), str(Path(__file__).parents[2])
+    if here not in sys.path:
+        in_clone = programs in sys.path and (Path(programs) / "train.py").is_file()
+        sys.path.insert(sys.path.index(programs) if in_clone else len(sys.path), here)
+    return here
 
 
 def made(name: str, setting: str, kind: type[Made], *args: Any, **options: Any) -> Made:
@@ -50,9 +70,7 @@ def import_module(name: str, setting: str) -> ModuleType:
     Raises:
         SettingsError: there is none, or it fails as it is imported.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # behind all else, so that nothing of ours is hidden
+    here = _look_in_working_folder()
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever a user's module raises as it is imported

@@ -4,13 +4,14 @@ A launcher and an MPI that do not know each other give N processes that are each
 over each other. What a launcher says stands in variables of the environment; what MPI says decides.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.hints import in_environment
+from lockstep.runtime.hints import in_environment, this_program
 
 GLOO = "horovodrun over Gloo"
 MPIRUN = "mpirun of Open MPI"
@@ -118,6 +119,11 @@ def is_speaker(launcher: Launcher, mpi_rank: int, mpi_size: int) -> bool:
     return launcher.rank == 0 if launcher.size > mpi_size else mpi_rank == 0
 
 
+def this_process_speaks() -> bool:
+    """This process tells what concerns all, before MPI has started: rank 0 by the launcher's word."""
+    return detect_launcher(os.environ).rank == 0
+
+
 def check_launcher(launcher: Launcher, mpi_size: int, mpi_version: str, mpirun: str) -> None:
     """Refuse the processes of a launcher that MPI knows nothing of.
 
@@ -130,7 +136,7 @@ def check_launcher(launcher: Launcher, mpi_size: int, mpi_version: str, mpirun: 
         SettingsError: on each of the processes, as a shared one.
     """
     if ranks_are_lost(launcher, mpi_size):
-        command = shlex.join(["python", *sys.argv])
+        command = shlex.join([*this_program(), *sys.argv[1:]])
         fix = how_to_start(launcher, mpi_version, mpirun, command)
         raise SettingsError(f"{describe_loss(launcher, mpi_size, mpi_version)}. {fix}").on_all_ranks()
 

@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Let malloc keep the memory of one update's activations for the next one.
 
     glibc gives large blocks back to the kernel when they are freed, and the kernel clears every page of the next ones:
-    5,000 page faults an update of the seed's network, a third of its time on one core, and a time that varies. Where
+    5,000 page faults an update of the reference network, a third of its time on one core, and a time that varies. Where
     the C library has no such setting, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. With no settings: the seed's network on the embedded digits, to 97 % or more."""
+    """One run. With no settings: the reference network on the embedded digits, to 97 % or more."""
 
     run_dir: str | None = None
     """New folder for everything that the run leaves behind; by default runs/<date and time>."""

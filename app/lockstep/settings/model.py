@@ -37,7 +37,7 @@ class ModelSettings:
     """What learns."""
 
     name: str = "net"
-    """net: the seed's convolutional network; vit: a vision transformer of any size (Dosovitskiy et al. 2021); resnet18
+    """net: the reference network, a convolutional one; vit: a vision transformer of any size (Dosovitskiy et al. 2021); resnet18
     and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own by its name,
     my_package.MyNet."""
 

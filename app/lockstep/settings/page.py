@@ -1,4 +1,4 @@
-"""Every setting on one page, from where they are defined: `env/run python -m lockstep.settings.page > docs/settings.md`."""
+"""Every setting on one page: `env/run python -m lockstep.settings.page > docs/settings.md` makes it."""
 
 import ast
 import inspect
@@ -10,11 +10,11 @@ from lockstep.settings import Settings
 
 HEAD = """# Every setting
 
-Made by `env/run python -m lockstep.settings.page > docs/settings.md`; a test holds it against the code. What is empty by
-default is worked out, or is off.
+Made by `env/run python -m lockstep.settings.page > docs/settings.md`; a test holds it against the code. What is empty
+by default is worked out, or is off.
 
 They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
-`LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config seed`) and the command line. A
+`LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config reference`) and the command line. A
 run that is resumed begins with its own `settings.yaml`. `--help` lists them, `--print_config` prints them as YAML.
 """
 

@@ -23,7 +23,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
 )
 
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.hints import in_environment
+from lockstep.runtime.hints import in_environment, this_program
 from lockstep.settings import Settings
 from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_code, read_source
 
@@ -33,6 +33,7 @@ OTHER_VARIABLES = {  # of env/ and slurm/
     f"LOCKSTEP_{name}"
     for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PREFIX", "PYTHON", "SITE_TORCH", "VENV")
 }
+OLD_PRESETS = {"seed": "reference"}  # for one more release
 COMMANDS = {"config", "help", "print_config", "trust"}  # on the command line only
 DEFAULT_RUN = Path("runs/latest")
 SETTINGS_FILE = "settings.yaml"
@@ -105,11 +106,11 @@ class _Parser(ArgumentParser):
 
 
 class _PresetOrFile(ActionConfigFile):
-    """`--config seed` names a preset, `--config some/file.yaml` a file."""
+    """`--config reference` names a preset, `--config some/file.yaml` a file."""
 
     @staticmethod
     def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
-        preset = PRESETS / f"{value}.yaml"
+        preset = PRESETS / f"{OLD_PRESETS.get(value, value)}.yaml"
         if not Path(value).is_file() and not preset.is_file():
             names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
             raise TypeError(f"there is no file {value!r} and no preset of that name (presets: {names})")
@@ -145,7 +146,7 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         return settings, parsed.resume
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
-        raise SettingsError(f"{error}{hint}\nAll settings: {_help(sys.argv[0])}") from error
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help()}") from error
 
 
 def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
@@ -166,7 +167,7 @@ def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]
         return settings, options(**{name: parsed[name] for name in options.__annotations__})
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
-        raise SettingsError(f"{error}{hint}\nAll settings: {_help(*sys.argv[:2])}") from error
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help(sys.argv[1])}") from error
 
 
 def load_settings(path: Path, trust: bool = False) -> Settings:
@@ -214,7 +215,7 @@ def _parser(default_env: bool, prog: str = "app/train.py", description: str = TR
         exit_on_error=False,
         allow_abbrev=False,  # a setting that is not written out is a mistake
     )
-    parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset in app/presets.")
+    parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset.")
     parser.add_argument("--trust", type=bool, default=SUPPRESS, help=f"{HELP} (typed only).")
     parser.add_class_arguments(Settings)
     return parser
@@ -277,8 +278,8 @@ def _refuse_unknown_environment(parser: ArgumentParser) -> None:
             raise ValueError(f"unknown setting in the environment: {variable}")
 
 
-def _help(*program: str) -> str:
-    return in_environment(shlex.join(["python", *program, "--help"]))
+def _help(*kind: str) -> str:
+    return in_environment(shlex.join([*this_program(), *kind, "--help"]))
 
 
 def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:

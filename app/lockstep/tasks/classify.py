@@ -140,7 +140,7 @@ class Classify(Task):
     def line(
         self, epoch: int, unit: LabelledBatch, num_samples: int, mean: dict[str, float], last: dict[str, float]
     ) -> str:
-        """The loss is that of the named global batch, as in the seed."""
+        """The loss is that of the named global batch, as in the reference."""
         return f"Epoch: {epoch}, Batch: {unit.index}, Loss: {last['loss']:.4f}"
 
     @override

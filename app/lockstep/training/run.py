@@ -1,16 +1,4 @@
-"""Trains synchronously over every rank of the job, then merges the model on rank 0.
-
-    env/run python app/train.py                                   one rank
-    env/run horovodrun -np 4 python app/train.py                  four ranks on this machine
-    env/run mpirun -np 4 python app/train.py --config seed        the seed's run to the letter
-    env/run mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
-    env/run python app/train.py --help                            every setting
-
-    env/run horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
-        goes on without workers that are lost, with those that it finds
-
-`source env/activate` once saves writing env/run.
-"""
+"""One run, from its settings to its merged model: what `lockstep train` does on every rank."""
 
 import contextlib
 import time
@@ -19,7 +7,7 @@ from collections.abc import Callable
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.elastic import CrewVote, train_with_crews
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
-from lockstep.comm.program import run_program, tell
+from lockstep.comm.program import tell
 from lockstep.comm.ranks import abort_job
 from lockstep.comm.stop import StopRequests, StopVote, end_time
 from lockstep.comm.watchdog import Watchdog
@@ -39,7 +27,7 @@ from lockstep.training.trainer import Trainer
 SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
 
 
-def main(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
+def run(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
     """Collective: one run, from its settings to its merged model. `prepare` sees the trainer before it begins."""
     started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
     relay = Relay()
@@ -76,9 +64,9 @@ def train(
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
     Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
-    run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
-    folder = run.folder
-    if run.is_over:
+    begun = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
+    folder = begun.folder
+    if begun.is_over:
         if cluster.is_root:
             print(f"{folder.path} is finished: nothing is left to do, and nothing was changed", flush=True)
         return
@@ -90,7 +78,7 @@ def train(
         inventory = take_inventory(cluster)
         if cluster.is_root and not settings.quiet:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, run.resume, relay.take_over(cluster))
+        trainer = build_trainer(cluster, settings, task, folder, begun.resume, relay.take_over(cluster))
         relay.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
         if prepare:
@@ -156,7 +144,3 @@ def _finish(
     num_parameters = trainer.strategy.num_parameters
     summary = write_summary(folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks)
     print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")
-
-
-if __name__ == "__main__":
-    run_program(main)

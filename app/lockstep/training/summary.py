@@ -85,5 +85,5 @@ def summary_lines(folder: RunFolder, summary: Mapping[str, Any], samples: str) -
     if (lost := summary["share_lost_waiting_for_it"]) >= TOLD_IF_LOST:
         rows["Slowest"] = f"rank {summary['slowest_rank']}: {lost:.0%} of all ranks' time went into waiting for it"
     rows["Model"] = f"{folder.path / MODEL}, {summary['num_parameters']:,} parameters"
-    rows["Report"] = suggest("lockstep report", folder.path)
+    rows["Report"] = suggest("report", folder.path)
     return [f"{name:<9}{value}" for name, value in rows.items()]

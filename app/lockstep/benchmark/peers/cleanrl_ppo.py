@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
-from ppo_common import GAMES, Meter, parse_args
 from torch import Tensor, nn
 from torch.distributions import Categorical
+
+from lockstep.benchmark.peers.ppo_common import GAMES, Meter, parse_args
 
 
 def initialised(layer: Any, gain: float = 2**0.5) -> Any:

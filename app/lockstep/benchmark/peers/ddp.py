@@ -8,7 +8,11 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lockstep.benchmark.peers.common import (
     BATCH_SIZE_PER_RANK,
     LEARNING_RATE,
     MOMENTUM,
@@ -18,10 +22,6 @@ from common import (
     parse_args,
     set_threads,
 )
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
-
 from lockstep.models.net import Net
 
 

@@ -6,10 +6,11 @@ torchrun --standalone --nproc-per-node 2 -m lockstep.benchmark.peers.fsdp2 [--ke
 import sys
 
 import torch
-from sharding import train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from lockstep.benchmark.peers.sharding import train
 
 
 def build(model: nn.Module, learning_rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -1,6 +1,6 @@
 """A peer: Horovod's DistributedOptimizer, in the style of Horovod's own MNIST example.
 
-horovodrun -np 2 -m lockstep.benchmark.peers.horovod_example [--pin]
+horovodrun -np 2 python -m lockstep.benchmark.peers.horovod_example [--pin]
 """
 
 import os
@@ -8,7 +8,10 @@ import os
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lockstep.benchmark.peers.common import (
     BATCH_SIZE_PER_RANK,
     LEARNING_RATE,
     MOMENTUM,
@@ -18,9 +21,6 @@ from common import (
     parse_args,
     set_threads,
 )
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
-
 from lockstep.models.net import Net
 
 

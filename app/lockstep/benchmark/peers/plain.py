@@ -1,6 +1,6 @@
 """A peer: PyTorch in one process, with nobody to talk to.
 
--m lockstep.benchmark.peers.plain [--pin]
+python -m lockstep.benchmark.peers.plain [--pin]
 
 Several copies at once are several processes that never talk: the limit for those that do. Each copy is told its
 LOCAL_RANK and LOCAL_WORLD_SIZE, and so which cores to be pinned to.
@@ -10,7 +10,10 @@ import os
 
 import torch
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lockstep.benchmark.peers.common import (
     BATCH_SIZE_PER_RANK,
     LEARNING_RATE,
     MOMENTUM,
@@ -20,9 +23,6 @@ from common import (
     parse_args,
     set_threads,
 )
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from lockstep.models.net import Net
 
 

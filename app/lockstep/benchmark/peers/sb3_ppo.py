@@ -4,11 +4,12 @@ import argparse
 from typing import Any
 
 import ale_py  # noqa: F401  # registers the games
-from ppo_common import GAMES, Meter, parse_args
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+
+from lockstep.benchmark.peers.ppo_common import GAMES, Meter, parse_args
 
 
 class Clock(BaseCallback):  # type: ignore[misc]  # of an untyped package

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import Digits, measure, parse_args, set_threads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lockstep.benchmark.peers.common import Digits, measure, parse_args, set_threads
 from lockstep.models.vit import vit_blocks
 
 BATCH_SIZE_PER_RANK = 8

@@ -4,10 +4,11 @@ torchrun --standalone --nproc-per-node 2 -m lockstep.benchmark.peers.zero_redund
 """
 
 import torch
-from sharding import train
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+
+from lockstep.benchmark.peers.sharding import train
 
 
 def build(model: nn.Module, learning_rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:

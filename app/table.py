@@ -1,0 +1,9 @@
+"""`lockstep report --table` by its old name, for one more release."""
+
+import sys
+
+from lockstep.__main__ import old_program
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "--table")
+    old_program("report")
