@@ -88,7 +88,7 @@ def test_scores_count_each_sample_once(cluster: Cluster) -> None:
 
 @pytest.mark.world_size(3)
 def test_every_rank_and_update_draws_its_own_random_numbers(cluster: Cluster) -> None:
-    seeds = [update_seed(reference, step, cluster.rank) for seed in range(3) for step in range(20)]
+    seeds = [update_seed(seed, step, cluster.rank) for seed in range(3) for step in range(20)]
     everyone = [seed for of_rank in cluster.all_gather_object(seeds) for seed in of_rank]
     assert len(set(everyone)) == len(everyone) == 180
 

@@ -9,10 +9,10 @@
     env/run lockstep benchmark scaling --ranks 1,2,4          weak and strong; starts the ranks itself
 
     env/run mpirun -np 2 lockstep benchmark proofs              what ledger, replica check and checkpoints cost
-    env/run mpirun -np 2 lockstep benchmark optimizer           our gradient buffer beside Horovod's DistributedOptimizer
+    env/run mpirun -np 2 lockstep benchmark optimizer          our gradient buffer beside Horovod's own optimizer
     env/run mpirun -np 2 lockstep benchmark preemption          PPO with and without preemption of slow ranks
     env/run lockstep benchmark ppo                              PPO beside CleanRL's style and Stable-Baselines3
-    env/run lockstep benchmark two_nodes -- COMMAND             COMMAND on two simulated nodes with a link of known speed
+    env/run lockstep benchmark two_nodes -- COMMAND             COMMAND on two simulated nodes, over a slow link
 
 Each prints a table; those of the first group write JSON and a picture to --out. `throughput`, `comm` and `pipeline`
 take every setting of app/train.py beside their own (--help shows them), `sharding` those of the model's size; `scaling`

@@ -1,4 +1,4 @@
-"""The network that a user names: the reference network, a vision transformer, any of torchvision's, or one of their own."""
+"""The network that a user names: the reference's, a vision transformer, any of torchvision's, or one of their own."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -37,8 +37,8 @@ class Net(nn.Sequential):
 
     Args:
         dropout1: probability of dropping a channel after the convolutions.
-        dropout2: probability of dropping a unit after the first linear layer. The reference names it `Dropout2d` too, which
-            on (N, units) means what `Dropout` says; PyTorch has deprecated the former.
+        dropout2: probability of dropping a unit after the first linear layer. The reference names it `Dropout2d`, too,
+            which on (N, units) means what `Dropout` says; PyTorch has deprecated the former.
     """
 
     def __init__(self, dropout1: float = 0.25, dropout2: float = 0.5) -> None:

@@ -257,7 +257,7 @@ class Strategy(ABC):
         self.compare("after loading a checkpoint")
 
     def merge(self, write: Callable[[str, Tensor], None] | None) -> None:
-        """Collective: the merged model, tensor by tensor, is given to rank 0's `write` (reference, step 5 of section 3).
+        """Collective: give the merged model, tensor by tensor, to rank 0's `write` (reference, step 5 of section 3).
 
         Raises:
             ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.

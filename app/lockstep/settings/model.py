@@ -37,8 +37,8 @@ class ModelSettings:
     """What learns."""
 
     name: str = "net"
-    """net: the reference network, a convolutional one; vit: a vision transformer of any size (Dosovitskiy et al. 2021); resnet18
-    and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own by its name,
+    """net: the reference network, a convolutional one; vit: a vision transformer of any size (Dosovitskiy et al. 2021);
+    resnet18 and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own by its name,
     my_package.MyNet."""
 
     options: dict[str, Any] = field(default_factory=dict)
