@@ -52,7 +52,7 @@ def test_a_launchers_own_binding_is_respected() -> None:
     [
         ([["a", "b"], ["a", "b"]], [0, 1]),
         ([["a"], ["b"]], [0, 0]),  # a scheduler shows each rank its own as number 0
-        ([["a", "b"], ["b", "a"], ["a", "b"]], [0, 0, 0]),  # the third must share: comm.py refuses it
+        ([["a", "b"], ["b", "a"], ["a", "b"]], [0, 0, 0]),  # the third must share: the cluster refuses it
         ([["a", "b"], ["c", "d"]], [0, 0]),
         ([[], []], [None, None]),
     ],

@@ -1,6 +1,6 @@
 """Loads MPI, without torch: the only file that imports mpi4py. To import it is to become a rank of the job.
 
-The others reach MPI through mpi.py; the doctor's ranks, which must meet within seconds, have no use for tensors.
+The others reach MPI through ranks.py; the doctor's ranks, which must meet within seconds, have no use for tensors.
 """
 
 import os
@@ -20,7 +20,7 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # the reference network's gradient at 1 Gbit/s. Other networks take no notice.
 os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
 
-from mpi4py import MPI as MPI  # for comm.py, which must import it before Horovod
+from mpi4py import MPI as MPI  # for cluster.py, which must import it before Horovod
 
 
 def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

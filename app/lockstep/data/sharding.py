@@ -61,7 +61,7 @@ def _content(value: Any) -> Iterator[bytes | memoryview]:
 
 
 def shard_bounds(num_items: int, num_shards: int) -> list[int]:
-    """Where `num_items` are cut into `num_shards` parts, as in the reference: part i is [i * n // k, (i + 1) * n // k)."""
+    """Where `num_items` are cut into `num_shards` parts: part i is [i * n // k, (i + 1) * n // k)."""
     if num_shards < 1:
         raise ValueError(f"num_shards is {num_shards}: at least 1 is needed")
     return [index * num_items // num_shards for index in range(num_shards + 1)]

@@ -1,4 +1,4 @@
-"""Every setting, its default, its unit and its check. How they are read stands in settings.py."""
+"""Every setting, its default, its unit and its check. How they are read stands in reading.py."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -38,8 +38,8 @@ class ModelSettings:
 
     name: str = "net"
     """net: the reference network, a convolutional one; vit: a vision transformer of any size (Dosovitskiy et al. 2021);
-    resnet18 and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own by its name,
-    my_package.MyNet."""
+    resnet18 and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own
+    by its name, my_package.MyNet."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """What a network of torchvision's or of your own is made with, beside the shape of its inputs and outputs."""

@@ -15,7 +15,7 @@ by default is worked out, or is off.
 
 They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
 `LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config reference`) and the command
-line. A run that is resumed begins with its own `settings.yaml`. `--help` lists them, `--print_config` prints them as YAML.
+line. A resumed run begins with its own `settings.yaml`. `--help` lists them, `--print_config` prints them as YAML.
 """
 
 

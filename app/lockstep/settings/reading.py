@@ -1,6 +1,6 @@
 """How settings are read and saved.
 
-They come, the later ones winning, from the defaults in config.py, the environment (`LOCKSTEP_SEED`,
+They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_SEED`,
 `LOCKSTEP_DATA__NAME`), a YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
 """
 

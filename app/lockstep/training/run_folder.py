@@ -9,7 +9,7 @@ checkpoints/       what to go on from (checkpoint.py)
 ledger/            which rank learned from which samples, if asked for (ledger.py)
 events.out..., metrics.csv   the same for TensorBoard, for spreadsheets (loggers.py)
 profile/           of chosen updates: a trace and a table (profiling.py)
-recorder/          each rank's last sign of life, and the verdict on a stall (cluster/recorder.py)
+recorder/          each rank's last sign of life, and the verdict on a stall (runtime/flight_recorder.py)
 curves.png         loss and accuracy
 model.safetensors  the merged model
 evaluation.json    the confusion matrix, or the episodes, of the last evaluation
