@@ -39,7 +39,8 @@ def _copy(folder: Path) -> Path:
 
 
 def test_importing_it_starts_neither_horovod_nor_mpi(installed: Path, tmp_path: Path) -> None:
-    program = "import lockstep, sys; print(lockstep.__file__, [m for m in ('torch', 'horovod', 'mpi4py') if m in sys.modules])"
+    heavy = "[name for name in ('torch', 'horovod', 'mpi4py') if name in sys.modules]"
+    program = f"import lockstep, sys; print(lockstep.__file__, {heavy})"
     shown = launch([str(installed / "bin" / "python"), "-c", program], cwd=tmp_path)
     assert shown.returncode == 0, shown.output
     file, _, loaded = shown.stdout.strip().partition(" ")
