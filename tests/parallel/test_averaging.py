@@ -82,6 +82,9 @@ def test_the_offline_merge_of_tied_weights_is_the_runs_model(cluster: Cluster, t
         checkpoint = latest_checkpoint(folder / how, tell=print)
         assert checkpoint
         assert merge_checkpoint(checkpoint, folder / "offline.safetensors") == state_digest(merged)
+        of_before = {name: value for name, value in checkpoint.counters.items() if name != "tied_weights"}
+        without = replace(checkpoint, counters=of_before)  # as before checkpoints told
+        assert merge_checkpoint(without, folder / "before.safetensors") == state_digest(merged)
         assert torch.equal(merged["network.third.weight"], merged["network.second.weight"])
         assert not torch.equal(merged["network.third.weight"], checkpoint.read("model/network.third.weight").view(8, 8))
 

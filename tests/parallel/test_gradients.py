@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lockstep.comm import ranks as mpi
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.gradients import sum_over_wire_
@@ -155,4 +156,17 @@ def test_adasum_combines_each_tensor_of_the_ranks_own_means(cluster: Cluster) ->
 def test_adasum_refuses_three_ranks(cluster: Cluster) -> None:
     with pytest.raises(SettingsError, match="adasum on 3 ranks") as caught:
         Replicated(_model(), torch.optim.SGD(_model().parameters()), cluster, GradientSettings(reduction="adasum"))
+    assert caught.value.shared
+
+
+@pytest.mark.world_size(2)
+def test_adasum_refuses_what_it_cannot_count(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    settings = GradientSettings(reduction="adasum")
+    monkeypatch.setattr(mpi, "MOST_AT_ONCE", num_elements)
+    Replicated(model, torch.optim.SGD(model.parameters()), cluster, settings)
+    monkeypatch.setattr(mpi, "MOST_AT_ONCE", num_elements - 1)
+    with pytest.raises(SettingsError, match=f"adasum for {num_elements:,} parameters") as caught:
+        Replicated(model, torch.optim.SGD(model.parameters()), cluster, settings)
     assert caught.value.shared

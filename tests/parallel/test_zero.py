@@ -225,6 +225,47 @@ def test_a_skipped_update_leaves_running_statistics_as_they_were(
     assert all(buffer.isfinite().all() for buffer in strategy.model.buffers())
 
 
+class _Caching(nn.Module):
+    """Buffers that are not saved: one changes in place, one is replaced, one is a constant that is one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.register_buffer("last", None, persistent=False)
+        self.register_buffer("constant", torch.ones(1).expand(3), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert isinstance(self.total, Tensor)
+        self.total += inputs.detach().mean()
+        self.last = inputs.detach()
+        return inputs
+
+
+def _with_cache() -> Iterator[tuple[str, nn.Module]]:
+    yield from _blocks()
+    yield "cache", _Caching()
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_skipped_update_leaves_buffers_that_are_not_saved_as_they_were(cluster: Cluster, stage: int) -> None:
+    strategy = _strategy(cluster, _with_cache, stage, GradientSettings())
+    batch = make_batch(cluster.rank, 2, 11)
+    bad = replace(batch, inputs=batch.inputs * float("nan"))
+    with pytest.raises(NonFiniteError):
+        strategy.update(bad, CrossEntropy(), seed=0)
+    names = {name.rpartition(".")[2] for name, _ in strategy.model.named_buffers()}
+    assert "total" in names
+    assert "last" not in names
+    strategy.update(batch, CrossEntropy(), seed=0)
+    before = state_digest(dict(strategy.model.named_buffers()))
+    with pytest.raises(NonFiniteError):
+        strategy.update(bad, CrossEntropy(), seed=0)
+    assert state_digest(dict(strategy.model.named_buffers())) == before
+    total = next(buffer for name, buffer in strategy.model.named_buffers() if name.endswith("total"))
+    assert total.abs().sum() > 0  # or nothing is kept of an update that was taken
+
+
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_whole_parameter_that_drifts_is_named(cluster: Cluster, stage: int) -> None:

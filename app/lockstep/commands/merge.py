@@ -44,7 +44,7 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
         StorageError: the checkpoint lacks a part, or the file cannot be written.
     """
     names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
-    tied = checkpoint.counters.get("tied_weights", {})  # whose average has the first of their names
+    tied = _tied_weights(checkpoint)  # whose average has the first of their names
     like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
     with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
         for name, tensor in like.items():
@@ -56,6 +56,24 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
                 raise StorageError(f"{checkpoint.path}: {error}") from error
             writer.write(name, merged[name])
     return writer.digest
+
+
+def _tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Further names of parameters that have several -> the first: what checkpoints of before did not say is found by
+    equal contents.
+    """
+    if "tied_weights" in checkpoint.counters:
+        return dict(checkpoint.counters["tied_weights"])
+    names = [name.removeprefix(PREFIX) for name in checkpoint.shapes if name.startswith(PREFIX)]
+    averaged = [name for name in names if f"{AVERAGE_PREFIX}{name}" in checkpoint.shapes]
+    return {
+        name: first
+        for name in (names if averaged else ())
+        if name not in averaged
+        for first in averaged
+        if checkpoint.shapes[f"{PREFIX}{first}"] == checkpoint.shapes[f"{PREFIX}{name}"]
+        and torch.equal(checkpoint.read(f"{PREFIX}{first}"), checkpoint.read(f"{PREFIX}{name}"))
+    }
 
 
 def _like(checkpoint: Checkpoint, name: str) -> Tensor:

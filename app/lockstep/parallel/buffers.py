@@ -7,8 +7,8 @@ from lockstep.comm.cluster import Cluster
 
 
 class Buffers:
-    """The persistent buffers of a model. Each rank normalises by its own samples; what they have changed in the buffers
-    is averaged after every update, by the ranks' numbers of samples. What a failed update has changed is undone.
+    """The buffers of a model. Each rank normalises by its own samples; what they have changed in the persistent buffers
+    is averaged after every update, by the ranks' numbers of samples. What a failed update has changed in any is undone.
     """
 
     def __init__(self, model: nn.Module, cluster: Cluster) -> None:
@@ -22,20 +22,27 @@ class Buffers:
                 if name in saved and buffer not in seen:
                     seen.add(buffer)
                     self._places.setdefault(buffer.dtype, []).append((module, name.rpartition(".")[2]))
+        # Caches and the like: each rank has its own, and what they are, or whether they are, may change.
+        self._others = [(m, name) for m in model.modules() for name, buffer in m._buffers.items() if buffer not in seen]
         self.remember()
 
     def remember(self) -> None:
         """Take the buffers, which are equal on all ranks now, for what the next changes start from."""
         self._before = self._copies()
+        self._remember_others()
 
     @torch.no_grad()
     def forget_changes(self) -> None:
-        """What forward passes have changed since all ranks agreed on the buffers is undone. Does not wait."""
+        """What forward passes have changed since all ranks agreed on the buffers is undone. Waits for no rank."""
         for places, before in zip(self._places.values(), self._before, strict=True):
             buffers = [self._at(*place) for place in places]
             sizes = [buffer.numel() for buffer in buffers]
             for buffer, values in zip(buffers, before.split(sizes), strict=True):
                 buffer.copy_(values.view(buffer.shape))
+        for (module, name), (other, value) in zip(self._others, self._others_before, strict=True):
+            module._buffers[name] = other
+            if other is not None and value is not None and not torch.equal(other, value):  # constants may be expanded
+                other.copy_(value)
 
     @torch.no_grad()
     def agree(self, share: float) -> None:
@@ -48,6 +55,7 @@ class Buffers:
             self.remember()
             return
         now = self._copies()
+        self._remember_others()
         change = torch.cat([mine.double() - before.double() for mine, before in zip(now, self._before, strict=True)])
         # A rank without samples may have divided by their number.
         change = change * share if share else torch.zeros_like(change)
@@ -56,6 +64,11 @@ class Buffers:
             agreed = before.double() + summed
             before.copy_(agreed if before.is_floating_point() else agreed.round())
         self.forget_changes()
+
+    @torch.no_grad()
+    def _remember_others(self) -> None:
+        buffers = [module._buffers[name] for module, name in self._others]
+        self._others_before = [(buffer, None if buffer is None else buffer.clone()) for buffer in buffers]
 
     @torch.no_grad()
     def _copies(self) -> list[Tensor]:

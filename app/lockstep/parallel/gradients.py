@@ -28,7 +28,7 @@ class Gradients:
     def __init__(self, model: nn.Module, cluster: Cluster, settings: GradientSettings) -> None:
         """
         Raises:
-            SettingsError: on every rank: the number of ranks is not one for Adasum.
+            SettingsError: on every rank: the number of ranks is not one for Adasum, or the model too large for it.
         """
         if settings.reduction == "adasum" and cluster.size & (cluster.size - 1):
             message = f"gradient.reduction is adasum on {cluster.size} ranks: it needs 1, 2, 4, 8 ... of them"
@@ -40,6 +40,10 @@ class Gradients:
         self.reduction = settings.reduction
         self._wire = WIRE_TYPES.get(settings.wire)
         parameters = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
+        num_elements, most = sum(parameter.numel() for parameter in parameters), cluster.most_elements(torch.float32)
+        if settings.reduction == "adasum" and cluster.size > 1 and num_elements > most:  # it is not exact in pieces
+            message = f"gradient.reduction is adasum for {num_elements:,} parameters, more than its {most:,}: use sum"
+            raise SettingsError(message).on_all_ranks()
         self.flat = _flat_buffer(parameters)
         self._parts = self.flat.split([parameter.numel() for parameter in parameters] + [1])
         on_gpu = self.flat.device.type == "cuda"
