@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from env.horovod_listeners import listeners
+from env.horovod_secrets import secrets
+
 HOROVOD_VERSION = "0.28.1"
 
 
@@ -212,6 +215,8 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            rendezvous_id = self._worker_registry.record_failure(",
             "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
         ),
+        # -- strangers
+        *(Patch(*change) for change in (*secrets(), *listeners())),
     ]
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from horovod.runner.common.util import secret
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
 from lockstep.comm import rendezvous
@@ -41,6 +42,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RendezvousHTTPServer]:
     variables = {
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
+        "HOROVOD_JOB_SECRET": "0123456789abcdef",
         "HOROVOD_HOSTNAME": "node7",
         "HOROVOD_ELASTIC": "1",
         "HOROVOD_RANK": "1",
@@ -118,6 +120,16 @@ def test_an_answer_that_is_no_place_is_an_error() -> None:
     _Driver.answers = ("nonsense",)
     with pytest.raises(ConnectionError, match="nonsense"):
         find_place(asks=True)
+
+
+@pytest.mark.usefixtures("server")
+def test_nobody_is_heard_without_the_secret_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's own is read when it is asked: here a request is on its way when it changes."""
+    compare = secret.is_job_secret
+    monkeypatch.setattr(secret, "is_job_secret", lambda given: compare(f"{given}x"))
+    with pytest.raises(ConnectionError, match="does not take this process for one of its job"):
+        find_place(asks=True)
+    assert _Driver.num_asked == 0
 
 
 @pytest.mark.usefixtures("server")

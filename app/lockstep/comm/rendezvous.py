@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
+from http.client import FORBIDDEN, HTTPConnection
 
 from lockstep.runtime.errors import ExitCode
 
@@ -17,6 +17,7 @@ SECONDS_TO_ANSWER = 10.0
 SECONDS_A_LOOK = 0.05
 AGAIN, OVER = "again", "over"
 ELASTIC = "HOROVOD_ELASTIC"
+JOB_SECRET = "HOROVOD_JOB_SECRET"  # horovodrun asks for it in every request (env/horovod_secrets.py)
 PLACE = tuple(f"HOROVOD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"))
 
 
@@ -115,11 +116,14 @@ def _ask() -> None:
 
 def _request(method: str, path: str, body: str | None = None) -> tuple[int, str]:
     """Not by urllib, which would send it to a proxy."""
+    secret = {"Authorization": f"Bearer {os.environ[JOB_SECRET]}"}
     server, port = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
     connection = HTTPConnection(server, port)
     try:
-        connection.request(method, f"/{path}", body)
+        connection.request(method, f"/{path}", body, secret)
         response = connection.getresponse()
+        if response.status == FORBIDDEN:
+            raise ConnectionError("horovodrun does not take this process for one of its job")
         return response.status, response.read().decode()
     finally:
         connection.close()
