@@ -40,8 +40,9 @@ def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
 def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     """The page's example, to the letter; it is learned: the way to the light is 6 steps, 5 of which cost 0.05."""
     (tmp_path / "my_world.py").write_text(block_of(DOC, "python", "# my_world.py"))
-    (tmp_path / "app").symlink_to(ROOT / "app")
-    trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    for name in ("app", "env"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    trained = launch(f"{block_of(DOC, 'bash', 'env/run mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert _summary(tmp_path / "run")["return"] == pytest.approx(0.75)
     evaluated = launch("lockstep evaluate run --episodes 7", cwd=tmp_path)

@@ -66,8 +66,9 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
 def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     """The page's example, to the letter."""
     (tmp_path / "my_shapes.py").write_text(block_of(DOC, "python", "# my_shapes.py"))
-    (tmp_path / "app").symlink_to(ROOT / "app")
-    trained = launch(f"{block_of(DOC, 'bash', 'mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
+    for name in ("app", "env"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    trained = launch(f"{block_of(DOC, 'bash', 'env/run mpirun').strip()} --run_dir run", timeout_seconds=120, cwd=tmp_path)
     assert trained.returncode == 0, trained.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
     evaluated = launch("mpirun -np 2 lockstep evaluate run", cwd=tmp_path)
