@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
+
 from lockstep.benchmark.communication import (
     FORECAST_RANKS,
     SIZES,
@@ -237,13 +239,18 @@ def _beside(found: Found, reference: Found) -> dict[str, float | None]:
         for name, tensor in reference.weights.items()
     ]
     return {
-        "largest_loss_difference": max(abs(mine - other) / max(1.0, abs(other)) for mine, other in losses),
-        "largest_weight_difference": max(weights, default=0.0),
+        "largest_loss_difference": _largest([abs(mine - other) / max(1.0, abs(other)) for mine, other in losses]),
+        "largest_weight_difference": _largest(weights),
         "held_bytes": found.held,
         "held_formula": found.held_formula,
         "sent_bytes": found.sent,
         "sent_formula": found.sent_formula,
     }
+
+
+def _largest(differences: list[float]) -> float:
+    """0 of none; NaN if any is NaN, which Python's max passes over."""
+    return float(torch.tensor([0.0, *differences], dtype=torch.float64).max())
 
 
 def _pipeline(

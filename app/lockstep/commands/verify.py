@@ -46,8 +46,19 @@ def _verify_checkpoints(run: Path) -> tuple[Checkpoint | None, int]:
             num_wrong += 1
             print(f"checkpoint {path.name}: {error}")
     if not list_checkpoints(run):
-        print("checkpoints: none")
+        if _has_made_checkpoints(run):
+            num_wrong += 1
+            print("checkpoints: GONE: the run has made one at its end at the latest, and there is none")
+        else:
+            print("checkpoints: none")
     return last, num_wrong
+
+
+def _has_made_checkpoints(run: Path) -> bool:
+    """A run that is finished has, unless its settings ask for none; one in progress may not have come to its first."""
+    if not (run / SUMMARY).exists() or not (run / SETTINGS_FILE).exists():
+        return False
+    return load_settings(run / SETTINGS_FILE).checkpoint.interval > 0 and _progress(run, None).step > 0
 
 
 def _verify_ledger(run: Path, checkpoint: Checkpoint | None) -> int:

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,7 +61,15 @@ def certify_resuming() -> None:
         for index, num_ranks in enumerate(ranks):
             stop = (index + 1) * num_updates // len(ranks) if index + 1 < len(ranks) else None
             again = ["--resume"] if index else []
-            _train(arguments.launcher, num_ranks, stopped, [*settings, *again], delays, stop)
+            _train(
+                arguments.launcher,
+                num_ranks,
+                stopped,
+                [*settings, *again],
+                delays,
+                stop,
+                lambda: _off_mid_epoch(stopped, num_updates, updates_per_epoch),
+            )
             if stop is not None and (where := _off_mid_epoch(stopped, num_updates, updates_per_epoch)):
                 raise LockstepError(f"killed, but not in the midst of an epoch ({where}): try another --seed")
         _certify(never, stopped, same, len(ranks))
@@ -92,9 +101,17 @@ def _numbers_of_ranks(text: str) -> list[int]:
 
 
 def _train(
-    launcher: str, num_ranks: int, run: Path, settings: list[str], delays: random.Random, stop: int | None = None
+    launcher: str,
+    num_ranks: int,
+    run: Path,
+    settings: list[str],
+    delays: random.Random,
+    stop: int | None = None,
+    why_not_now: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Train to the end, or to a kill at a random moment once there is a checkpoint after `stop` updates or more."""
+    """Train to the end, or to a kill at a random moment once there is a checkpoint after `stop` updates or more, and
+    there is no reason why not now, such as an evaluation.
+    """
     command = [
         *shlex.split(launcher.format(ranks=num_ranks)),
         sys.executable,
@@ -109,6 +126,8 @@ def _train(
             if stop is not None and _wait_for_checkpoint(process, run, stop):
                 delay = delays.uniform(0, MAX_DELAY_SECONDS)
                 time.sleep(delay)
+                while why_not_now() and process.poll() is None:
+                    time.sleep(0.005)
                 killed = _kill_ranks(process)
                 print(
                     f"killed: {killed} rank(s), {delay:.2f} s after the checkpoint of update {stop} or later",

@@ -108,6 +108,10 @@ def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None
     refused = launch(f"{train} --resume --optimizer.learning_rate 0.3", cwd=tmp_path)
     assert refused.returncode == 2, refused.output
     assert "run is finished, and optimizer.learning_rate is 0.3 and was 0.05" in refused.stderr
+    refused = launch(f"{train} --resume --num_epochs 2 --seed 7", cwd=tmp_path)
+    assert refused.returncode == 2, refused.output
+    assert "seed is 7 and was 0: a run that goes on cannot change it" in refused.stderr
+    assert _contents(run) == before
     over = launch(f"{train.replace('-np 2', '-np 1')} --resume", cwd=tmp_path)
     assert over.returncode == 0, over.output
     assert "is finished: nothing is left to do" in over.stdout
