@@ -10,7 +10,7 @@ from types import TracebackType
 
 from lockstep.comm.rendezvous import call_off, is_elastic
 from lockstep.runtime.errors import ExitCode
-from lockstep.runtime.launcher import detect_launcher
+from lockstep.runtime.launcher import NONE, detect_launcher
 
 # Open MPI reads these when it is loaded; a value that the site has set wins.
 # Ranks often outnumber cores, or share them with Horovod's thread: a waiting rank must give its core away, or an
@@ -20,7 +20,19 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # the reference network's gradient at 1 Gbit/s. Other networks take no notice.
 os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
 
-from mpi4py import MPI as MPI  # for cluster.py, which must import it before Horovod
+# Where MPI has one rank alone, it needs no network, and must not listen to one. What this process starts may need it.
+_TRANSPORTS = "OMPI_MCA_btl"
+_launcher = detect_launcher(os.environ)
+_needs_no_network = _TRANSPORTS not in os.environ and (
+    _launcher.is_gloo or (_launcher.name == NONE and not {"PMIX_RANK", "PMI_RANK"} & os.environ.keys())
+)
+if _needs_no_network:
+    os.environ[_TRANSPORTS] = "self"
+
+from mpi4py import MPI as MPI  # noqa: E402  for cluster.py, which must import it before Horovod
+
+if _needs_no_network:
+    del os.environ[_TRANSPORTS]
 
 
 def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

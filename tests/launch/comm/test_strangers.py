@@ -122,11 +122,14 @@ def test_ranks_on_two_nodes_get_their_environment_and_nobody_else(slurm: SlurmCl
     )
     settings = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
     folder = shlex.quote(str(tmp_path))
+    # From the first node, since the launcher's networks are among those that all have in common.
+    (tmp_path / "job.sh").write_text(
+        f"export WANDB_API_KEY=$(<{folder}/token) MANY_LINES=\"$(<{folder}/'value with a line')\"\n"
+        f"cd {shlex.quote(str(ROOT))} && exec env/run horovodrun --gloo -np 4 -H n1:2,n2:2 python -c "
+        f"{shlex.quote(program)} {folder} {settings} --run_dir {folder}/run\n"
+    )
     finished = slurm.run(
-        f"export WANDB_API_KEY=$(<{folder}/token) MANY_LINES=\"$(<{folder}/'value with a line')\"; "
-        f"({spy}) > {folder}/seen & spy=$!; code=0; "
-        "env/run horovodrun --gloo -np 4 -H n1:2,n2:2 python -c "
-        f"{shlex.quote(program)} {folder} {settings} --run_dir {folder}/run || code=$?; kill $spy; exit $code",
+        f"({spy}) > {folder}/seen & spy=$!; code=0; ssh n1 bash {folder}/job.sh || code=$?; kill $spy; exit $code",
         ROOT,
         200,
     )
