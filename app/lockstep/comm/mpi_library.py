@@ -29,7 +29,10 @@ _needs_no_network = _TRANSPORTS not in os.environ and (
 if _needs_no_network:
     os.environ[_TRANSPORTS] = "self"
 
+_umask = os.umask(0o077)  # what Open MPI leaves in the temporary folder is for nobody else
 from mpi4py import MPI as MPI  # noqa: E402  for cluster.py, which must import it before Horovod
+
+os.umask(_umask)
 
 if _needs_no_network:
     del os.environ[_TRANSPORTS]

@@ -114,7 +114,8 @@ def test_ranks_on_two_nodes_get_their_environment_and_nobody_else(slurm: SlurmCl
     assert ready.returncode == 0, ready.output
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "value with a line").write_text("one's own\n$(id) `id`\n")
-    spy = f"while :; do {STRANGER} bash -c {shlex.quote(READ_COMMAND_LINES)}; sleep 0.1; done"
+    over = shlex.quote(f"{tmp_path}/over")
+    spy = f"while [ ! -e {over} ]; do {STRANGER} bash -c {shlex.quote(READ_COMMAND_LINES)}; sleep 0.1; done"
     program = (
         "import os, runpy, sys; assert os.environ['WANDB_API_KEY'] == open(sys.argv[1] + '/token').read(); "
         "assert os.environ['MANY_LINES'] + chr(10) == open(sys.argv[1] + '/value with a line').read(); "
@@ -129,7 +130,7 @@ def test_ranks_on_two_nodes_get_their_environment_and_nobody_else(slurm: SlurmCl
         f"{shlex.quote(program)} {folder} {settings} --run_dir {folder}/run\n"
     )
     finished = slurm.run(
-        f"({spy}) > {folder}/seen & spy=$!; code=0; ssh n1 bash {folder}/job.sh || code=$?; kill $spy; exit $code",
+        f"({spy}) > {folder}/seen & code=0; ssh n1 bash {folder}/job.sh || code=$?; touch {over}; exit $code",
         ROOT,
         200,
     )
@@ -214,7 +215,7 @@ def test_what_listens_is_known_and_temporary_files_are_ones_own(command: str, tm
         found = _listeners(process)
         for _, description in sorted(found):
             print(f"{command}: {description}")
-        assert {listener for listener, _ in found} <= EXPECTED[command]
+        assert {listener for listener, _ in found} == EXPECTED[command]
         assert EXPECTED[command] <= ASKS.keys()
         open_to_others = [path for path in temporary.iterdir() if path.lstat().st_mode & 0o077]
         assert not open_to_others, "a file or folder that others can enter"
