@@ -38,6 +38,7 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     kept = {
         ".lock",
         "settings.yaml",
+        "settings.history.jsonl",
         "environment.json",
         "metrics.jsonl",
         "events.out.tfevents",
