@@ -66,7 +66,7 @@ def ranks_of(job: Job) -> list[psutil.Process]:
             command = process.cmdline()
         except psutil.NoSuchProcess:
             continue
-        if command[:1] == ["python"] and f"runs/train-{job.id}" in command:
+        if command[1:5] == ["-P", "-m", "lockstep", "train"] and f"runs/train-{job.id}" in command:
             mine.append(process)
     return mine
 
