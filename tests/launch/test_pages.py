@@ -42,6 +42,9 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "--config reference": "test_programs.py::test_the_reference_run_prints_the_references_lines",
     "--data.name image_folder": "test_vision.py::test_a_folder_of_images_is_learned_by_ranks_with_workers",
     "-np 2 python app/train.py --resume": "test_resume.py::test_a_killed_run_ends_with_the_model_of_one_that_was_not",
+    "runs/train-12": "test_slurm.py::test_a_job_on_two_nodes_trains_and_another_evaluates",  # of jobs that readers have
+    "runs/sweep-17": "test_slurm.py::test_a_sweep_ends_with_one_table",
+    "verify runs/elastic": "test_elastic.py::test_one_of_three_workers_is_killed_and_another_one_comes",
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
     "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
     "peers --": "test_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
