@@ -2,161 +2,17 @@
 
     env/run python app/train.py                                   one rank
     env/run horovodrun -np 4 python app/train.py                  four ranks on this machine
-    env/run mpirun -np 4 python app/train.py --config seed        the seed's run to the letter
+    env/run mpirun -np 4 python app/train.py --config reference   the reference run to the letter
     env/run mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
     env/run python app/train.py --help                            every setting
 
     env/run horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
         goes on without workers that are lost, with those that it finds
 
-`source env/activate` once saves writing env/run.
+`source env/activate` once saves writing env/run. `lockstep train` is the same program.
 """
 
-import contextlib
-import time
-from collections.abc import Callable
-
-from app.cluster.comm import Cluster
-from app.cluster.elastic import CrewVote, train_with_crews
-from app.cluster.inventory import describe_binding, describe_briefly, take_inventory
-from app.cluster.memory import peak_mib
-from app.cluster.mpi import abort_job
-from app.cluster.program import run_program, tell
-from app.cluster.stop import StopRequests, StopVote, end_time
-from app.cluster.watchdog import Watchdog
-from app.config import Settings
-from app.parallel.layout import Layout
-from app.settings import parse_settings
-from app.tasks.task import Evaluation
-from app.training.build import build_task, build_trainer
-from app.training.elastic import Relay, Run, check_elastic
-from app.training.loop import Trainer
-from app.training.run_folder import RunFolder, storage_errors
-from app.training.seeding import make_deterministic
-from app.training.summary import summary_lines, write_summary
-from app.training.tensor_file import TensorFileWriter
-
-SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
-
-
-def main(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
-    """Collective: one run, from its settings to its merged model. `prepare` sees the trainer before it begins."""
-    started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
-    relay = Relay()
-
-    def ends(settings: Settings) -> float | None:
-        return end_time(settings.stop.after_minutes, started)
-
-    if cluster.is_elastic:
-        train_with_crews(
-            cluster,
-            lambda crew, hosts: train(
-                crew, relay, lambda settings: CrewVote(crew, requests, ends(settings), hosts), prepare
-            ),
-            relay.leave,
-        )
-    else:
-        train(cluster, relay, lambda settings: StopVote(cluster, requests, ends(settings)), prepare)
-
-
-def train(
-    cluster: Cluster,
-    relay: Relay,
-    vote: Callable[[Settings], StopVote],
-    prepare: Callable[[Trainer], None] | None = None,
-) -> None:
-    """Collective: from the beginning, from a checkpoint or from where an earlier crew was, to the merged model."""
-    known = relay.run_of(cluster)
-    settings, resume = (known.settings, known.resume) if known else cluster.on_root(parse_settings)
-    if cluster.is_elastic:
-        check_elastic(settings)
-    if settings.proof.deterministic:
-        make_deterministic()
-    if settings.profile:
-        cluster.prepare_timeline()
-    task = build_task(settings, cluster)
-    Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
-    run = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
-    folder = run.folder
-    if run.is_over:
-        if cluster.is_root:
-            print(f"{folder.path} is finished: nothing is left to do, and nothing was changed", flush=True)
-        return
-    with contextlib.ExitStack() as stack:
-        cluster.on_root(lambda: stack.enter_context(folder.locked(SECONDS_FOR_A_LOCK if known else 0.0)))
-        cluster.on_root(folder.begin_recording)
-        watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds))
-        stack.callback(watchdog.close)
-        inventory = take_inventory(cluster)
-        if cluster.is_root and not settings.quiet:
-            print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, run.resume, relay.take_over(cluster))
-        relay.trainer = trainer
-        cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
-        if prepare:
-            prepare(trainer)
-        cluster.recorder.take_seconds()  # without the start, for which all wait
-        evaluation = trainer.train(vote(settings))
-        seconds = cluster.recorder.take_seconds()
-        cluster.recorder.enter("merging")
-        merged = merge_into(folder, cluster, trainer)
-        ranks = cluster.all_gather_object((round(peak_mib()), seconds))
-        cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, ranks))
-
-
-def watch(cluster: Cluster, folder: RunFolder, limit_seconds: float) -> Watchdog:
-    """Record what this rank is at, and end a stall.
-
-    Raises:
-        StorageError: the record cannot be made.
-    """
-    with storage_errors():
-        return Watchdog(cluster.recorder, folder.recorder, cluster.rank, cluster.size, limit_seconds, abort_job)
-
-
-def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:
-    """Collective: the merged model goes into rank 0's file, tensor by tensor. None but on rank 0.
-
-    Raises:
-        ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.
-        StorageError: on rank 0: it cannot be written.
-    """
-    strategy = trainer.strategy
-    with strategy.averaged():
-        if not cluster.is_root:
-            strategy.merge(None)
-            return None
-        with folder.model_writer(strategy.like) as writer:
-            strategy.merge(writer.write)
-        return writer
-
-
-def _finish(
-    folder: RunFolder,
-    merged: TensorFileWriter | None,
-    evaluation: Evaluation,
-    trainer: Trainer,
-    ranks: list[tuple[int, dict[str, float]]],
-) -> None:
-    """Write the summary, tell the result, and draw the curves.
-
-    Args:
-        ranks: of each, its peak memory in MiB and its seconds by phase.
-
-    Raises:
-        StorageError: something cannot be written.
-    """
-    from app.training.plots import plot_curves  # matplotlib is for rank 0 alone
-
-    assert merged
-    peaks, seconds = [peak for peak, _ in ranks], [seconds for _, seconds in ranks]
-    with storage_errors():
-        plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
-    # Last: with it the run is finished.
-    num_parameters = trainer.strategy.num_parameters
-    summary = write_summary(folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks)
-    print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")
-
+from lockstep.__main__ import main
 
 if __name__ == "__main__":
-    run_program(main)
+    main("train")

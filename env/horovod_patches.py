@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from env.horovod_listeners import listeners
+from env.horovod_secrets import secrets
+
 HOROVOD_VERSION = "0.28.1"
 
 
@@ -210,8 +213,10 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            with self._rendezvous._httpd.cache_lock:\n"
             "                self._rendezvous._httpd.cache.setdefault('lockstep', {})['again'] = b'yes'\n"
             "            rendezvous_id = self._worker_registry.record_failure(",
-            "elastic: those who wait for a new worker hear at once that it has died (app/cluster/rendezvous.py)",
+            "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
         ),
+        # -- strangers
+        *(Patch(*change) for change in (*secrets(), *listeners())),
     ]
 
 

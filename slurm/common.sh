@@ -95,14 +95,14 @@ if MPI.COMM_WORLD.rank == 0:
 
 # -- the ranks ---------------------------------------------------------------------------------------------------------
 
-# Run `python "$@"` on every rank and set `code` to the program's exit code. USR1 or TERM, to this script, asks the
+# Run `lockstep "$@"` on every rank and set `code` to the program's exit code. USR1 or TERM, to this script, asks the
 # ranks to stop: by USR1, since mpirun answers TERM by killing them.
 run_ranks() {
     local process='' asked='' interrupted
     trap ask_to_stop USR1 TERM
     choose_launcher
     # Until the program listens, USR1 is ignored: one that comes while it starts would kill it.
-    "${launcher[@]}" bash -c 'trap "" USR1; exec python "$@"' python "$@" &
+    "${launcher[@]}" bash -c 'trap "" USR1; exec lockstep "$@"' lockstep "$@" &
     process=$!
     [[ $asked != early ]] || ask_to_stop
     while :; do
@@ -132,7 +132,7 @@ run_ranks_in_turn() {
         *) launcher=(mpirun -np '{ranks}') ;;
     esac
     code=0
-    python "$1" "$2" --launcher "${launcher[*]}" "${@:3}" || code=$?
+    lockstep "$1" "$2" --launcher "${launcher[*]}" "${@:3}" || code=$?
 }
 
 # Set `run_dir` to the last --run_dir among the arguments, or else to the first of them.
@@ -166,7 +166,7 @@ train() {
     find_run_dir "${LOCKSTEP_RUN_DIR:-$default_run_dir}" "$@"
     before=$(newest_checkpoint)
     [[ ! -d $run_dir ]] || go_on=(--resume) # what an attempt before has begun
-    run_ranks "$root/app/train.py" "${go_on[@]}" --run_dir "$run_dir" "$@"
+    run_ranks train "${go_on[@]}" --run_dir "$run_dir" "$@"
     [[ $code != 0 ]] || return 0
     after=$(newest_checkpoint)
     local ended="ended with exit code $code (docs/exit-codes.md)"

@@ -30,21 +30,24 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "my_world.Corridor": "test_agents.py::test_an_environment_and_a_policy_of_ones_own",
     "my_shapes.Shapes": "test_vision.py::test_a_data_set_and_a_network_of_ones_own",
     "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed",
-    "app/drill.py": "test_drill.py::test_under_mpirun",
-    "app/verify_resume.py": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
-    "app/benchmark.py throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
-    "app/benchmark.py scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
-    "np 2 python app/benchmark.py comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
-    "app/benchmark.py sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
-    "app/benchmark.py pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
-    "app/merge.py": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
+    "lockstep drill": "test_drill.py::test_under_mpirun",
+    "lockstep verify --resume": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
+    "lockstep benchmark throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
+    "lockstep benchmark scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
+    "np 2 lockstep benchmark comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
+    "lockstep benchmark sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
+    "lockstep benchmark pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
+    "lockstep merge": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--parallel zero3": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
-    "--config seed": "test_programs.py::test_the_seeds_run_prints_the_seeds_lines",
+    "--config reference": "test_programs.py::test_the_reference_run_prints_the_references_lines",
     "--data.name image_folder": "test_vision.py::test_a_folder_of_images_is_learned_by_ranks_with_workers",
     "-np 2 python app/train.py --resume": "test_resume.py::test_a_killed_run_ends_with_the_model_of_one_that_was_not",
+    "runs/train-12": "test_slurm.py::test_a_job_on_two_nodes_trains_and_another_evaluates",  # of jobs that readers have
+    "runs/sweep-17": "test_slurm.py::test_a_sweep_ends_with_one_table",
+    "verify runs/elastic": "test_elastic.py::test_one_of_three_workers_is_killed_and_another_one_comes",
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
     "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
-    "peers --": "../unit/test_benchmark_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
+    "peers --": "test_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
 }
 OF_A_SITE = re.compile(
     r"module load|export (LOCKSTEP_VENV|PIP_CACHE_DIR)=|LOCKSTEP_SITE_TORCH=1|env/setup|#SBATCH|env/run CMD"
@@ -107,9 +110,9 @@ def _shortened(line: str) -> str:
     line = line.replace("/scratch/me", ".")
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
-    if "app/benchmark.py" in line:
-        return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark"
-    return f"{line} {FEW_ROUNDS}" if "benchmarks/" in line else line
+    if re.search("benchmark (proofs|optimizer)", line):
+        return f"{line} {FEW_ROUNDS}"
+    return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark" if "lockstep benchmark" in line else line
 
 
 def _less_to_learn(line: str) -> str:
@@ -122,7 +125,7 @@ def _less_to_learn(line: str) -> str:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What runs leave behind stays in here."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("app", "benchmarks", "env", "slurm", ".venv"):
+    for name in ("app", "env", "slurm", ".venv"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", folder / "docs")
     return folder
@@ -151,7 +154,7 @@ def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> No
 def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, clone: Path) -> None:
     less = f"{SMALL} --data.num_samples 64" if "train.py" in command else ""
     finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
-    fine = (0, 8) if "doctor.py" in command else (0,)  # nodes that share two cores may well be found unhealthy
+    fine = (0, 8) if "lockstep doctor" in command else (0,)  # nodes that share two cores may well be found unhealthy
     assert finished.returncode in fine, finished.output
 
 
@@ -176,7 +179,7 @@ def test_every_command_has_its_test() -> None:
     """Those that are said to be run elsewhere are; and the README opens with its two commands."""
     for reference in RUN_ELSEWHERE.values():
         file, _, name = reference.partition("::")
-        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), reference
+        assert any(f"def {name}(" in found.read_text() for found in (ROOT / "tests").rglob(file)), reference
     first = next(_blocks(ROOT / "README.md"))
     assert first == ["env/run horovodrun -np 2 python app/train.py", "env/run pytest"]
     for program, number in (("", 30), ("sbatch", 3), ("srun", 2)):

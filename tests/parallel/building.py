@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.cluster.comm import Cluster
-from app.config import Settings
-from app.data.image_set import ImageSet
-from app.data.loader import BatchLoader, LabelledBatch
-from app.models.vit import vit_blocks
-from app.parallel.strategy import Strategy
-from app.tasks.classify import Classify
-from app.training import build
-from app.training.loop import Trainer
-from app.training.run_folder import RunFolder
+from lockstep.comm.cluster import Cluster
+from lockstep.data.image_set import ImageSet
+from lockstep.data.loader import BatchLoader, LabelledBatch
+from lockstep.models.vit import vit_blocks
+from lockstep.parallel.strategy import Strategy
+from lockstep.settings import Settings
+from lockstep.tasks.classify import Classify
+from lockstep.training import build
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trainer import Trainer
 
 
 def build_trainer(cluster: Cluster, settings: Settings, folder: Path, resume: bool = False) -> tuple[Trainer, Strategy]:

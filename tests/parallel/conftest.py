@@ -22,7 +22,7 @@ import pytest
 from tests.launching import DidNotEndError, launch
 
 if TYPE_CHECKING:
-    from app.cluster.comm import Cluster
+    from lockstep.comm.cluster import Cluster
 
 REPORTS = "TEST_WORLD_REPORTS"  # set inside a world: the folder for its ranks' reports
 WORLD_TIMEOUT_SECONDS = 300
@@ -34,7 +34,7 @@ Reports = dict[str, list[pytest.TestReport]]  # by test
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """This rank among all ranks of the world."""
-    from app.cluster.comm import Cluster
+    from lockstep.comm.cluster import Cluster
 
     cluster = Cluster.start()
     yield cluster
@@ -46,7 +46,7 @@ def _no_key_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vision transformer is one whose gradients are more than rounding."""
     from tests.parallel.building import vit_blocks_without_key_biases
 
-    monkeypatch.setattr("app.models.classifier.vit_blocks", vit_blocks_without_key_biases)
+    monkeypatch.setattr("lockstep.models.classifier.vit_blocks", vit_blocks_without_key_biases)
 
 
 # -- outside: start worlds, report what they say -----------------------------------------------------------------------

@@ -8,20 +8,34 @@ from pathlib import Path
 
 import pytest
 
-from app.cluster.failure import ExitCode
+from lockstep.runtime.errors import ExitCode
 from tests.launching import ROOT
 
-APP = ROOT / "app"
-KNOWN_BY = {
-    "horovod": {f"cluster/{name}.py" for name in ("comm", "collectives", "elastic", "gloo", "horovod_library")},
-    "mpi4py": {"cluster/mpi_library.py"},
+PACKAGE = ROOT / "app" / "lockstep"
+KNOWN_BY = {  # rooms or files
+    "horovod": (
+        "comm/cluster.py",
+        "comm/collectives.py",
+        "comm/elastic.py",
+        "comm/gloo.py",
+        "comm/horovod_library.py",
+        "benchmark/horovod_optimizer.py",
+        "benchmark/peers/horovod_example.py",
+    ),
+    "mpi4py": ("comm/mpi_library.py",),
 }
-SOURCES = sorted(path for folder in ("app", "env", "tests") for path in (ROOT / folder).rglob("*.py"))
-LAYERS = (
-    ("cluster", "data", "models", "config", "settings", "imports", "trust"),
-    ("parallel", "tasks", "training"),
-    ("programs",),
+FLOORS = (  # from the ground up
+    {"runtime"},
+    {"settings"},
+    {"comm"},
+    {"data", "models"},
+    {"parallel"},
+    {"tasks"},
+    {"training"},
+    {"doctor", "drill", "benchmark", "report"},
+    {"commands"},
 )
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def _imports(source: Path) -> Iterator[str]:
@@ -32,29 +46,24 @@ def _imports(source: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-def _layer(room: str) -> int:
-    return next((index for index, rooms in enumerate(LAYERS) if room in rooms), len(LAYERS) - 1)
-
-
-@pytest.mark.parametrize("source", sorted(APP.rglob("*.py")), ids=lambda path: str(path.relative_to(APP)))
-def test_imports_run_one_way_and_few_files_know_horovod_and_one_mpi(source: Path) -> None:
-    inside = source.relative_to(APP)
-    room = inside.parts[0].removesuffix(".py")
+@pytest.mark.parametrize("source", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_down_only_and_few_files_know_horovod_and_one_mpi(source: Path) -> None:
+    inside = source.relative_to(PACKAGE)
+    room = inside.parts[0] if len(inside.parts) > 1 else None
     for name in _imports(source):
         if (library := name.split(".")[0]) in KNOWN_BY:
             assert str(inside) in KNOWN_BY[library], f"{inside} imports {name}"
-        if name.startswith("app.") and room != "__init__":
-            assert _layer(name.split(".")[1]) <= _layer(room), f"{inside} imports {name}"
+        if name.startswith("lockstep.") and room and (other := name.split(".")[1]) != room:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{inside} imports {name}"
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOOR_OF)
 
 
 def test_nothing_under_app_hides_a_module_of_the_standard_library() -> None:
     """`python app/train.py` puts app/ first on the path of modules."""
-    assert not {path.stem for path in APP.iterdir()} & set(sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_can_be_read_in_one_sitting(source: Path) -> None:
-    assert len(source.read_text().splitlines()) <= 300
+    assert not {path.stem for path in (ROOT / "app").iterdir()} & set(sys.stdlib_module_names)
 
 
 def test_the_docs_have_every_exit_code() -> None:

@@ -8,14 +8,12 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from app.config import Settings
-from app.models.vit import vit_blocks
-from app.settings_page import page
+from lockstep.models.vit import vit_blocks
+from lockstep.settings import Settings
+from lockstep.settings.page import page
 from tests.launching import ROOT
 
-SOURCES = "\n".join(
-    path.read_text() for path in (ROOT / "app").rglob("*.py") if "config" not in path.relative_to(ROOT / "app").parts
-)
+SOURCES = "\n".join(path.read_text() for path in (ROOT / "app").rglob("*.py") if path.parent.name != "settings")
 PASSED_ON = inspect.signature(vit_blocks).parameters  # as keyword arguments, by the settings' own names
 
 
@@ -32,7 +30,7 @@ NAMES = list(_settings())
 
 
 def test_the_page_of_settings_is_that_of_the_code() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python app/settings_page.py > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python -m lockstep.settings.page > docs/settings.md"
     told = re.findall(r"^\| `--([\w.]+)` \|", page(), flags=re.MULTILINE)
     assert sorted(told) == sorted(NAMES)
 
@@ -57,5 +55,5 @@ def test_what_a_page_points_to_is_there(document: Any) -> None:
             [line.lstrip("# ").lower().replace(" ", "-") for line in page.read_text().splitlines()] if anchor else []
         )
         assert not anchor or anchor in headings, f"{target}#{anchor}"
-    for script in re.findall(r"(?:app|benchmarks|slurm)/[\w/]+\.(?:py|sbatch)", text):
+    for script in re.findall(r"(?:app|slurm)/[\w/]+\.(?:py|sbatch)", text):
         assert (ROOT / script).exists(), script

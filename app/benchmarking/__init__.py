@@ -1,1 +1,0 @@
-"""What `app/benchmark.py` measures with."""

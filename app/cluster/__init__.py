@@ -1,1 +1,0 @@
-"""Who we are and how we talk: ranks, collectives, failures."""

@@ -1,1 +1,0 @@
-"""Faults that are really injected into a real job, and what must come of each: for app/drill.py."""

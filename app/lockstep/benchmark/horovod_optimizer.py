@@ -1,0 +1,80 @@
+"""Lockstep's flat gradient buffer beside Horovod's own `DistributedOptimizer`, all else equal.
+
+    env/run mpirun -np 2 lockstep benchmark optimizer
+
+The same model, batches in memory, loss, optimizer, cores and memory settings; in turn, round by round, in one run.
+Channels first, since DistributedOptimizer refuses the gradients of channels-last filters ("required to be contiguous").
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import horovod.torch as hvd
+import torch.nn.functional as F
+
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.replicated import Replicated
+from lockstep.settings import DataSettings, ModelSettings, Settings
+from lockstep.tasks.classify import Classify
+from lockstep.training.optim import build_optimizer
+
+SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettings(channels_last=False))
+
+
+def main(cluster: Cluster, arguments: Sequence[str]) -> None:
+    """Collective."""
+    options = cluster.on_root(lambda: _parse_args(arguments))
+    task = Classify(SETTINGS, cluster)
+    batches = list(task.build_loader(cluster.rank, cluster.size).rest_of_epoch())
+    updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for number in range(options.rounds + 1):
+        for name in sorted(updates, reverse=bool(number % 2)):
+            cluster.barrier()
+            started = time.perf_counter()
+            for index in range(options.updates):
+                updates[name](batches[index % len(batches)])
+            cluster.barrier()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    if cluster.is_root:
+        ours, horovods = seconds["flat buffer"], seconds["DistributedOptimizer"]
+        for name, times in seconds.items():
+            print(f"{name:22} {statistics.median(times) / options.updates * 1e3:.2f} ms an update")
+        ratios = [other / mine for mine, other in zip(ours, horovods, strict=True)]
+        print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
+
+
+def _ours(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]:
+    model = task.build_model()
+    strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
+
+    return lambda batch: strategy.update(batch, task, seed=0)
+
+
+def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
+    model = task.build_model()
+    optimizer = hvd.DistributedOptimizer(
+        build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
+    )
+
+    def update(batch: LabelledBatch) -> None:
+        optimizer.zero_grad()
+        F.nll_loss(task.outputs(model, batch.inputs), batch.targets).backward()
+        optimizer.step()
+
+    return update
+
+
+def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lockstep benchmark optimizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="after one to warm up (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=60, help="of each in a round (default: %(default)s)")
+    return parser.parse_args(arguments)

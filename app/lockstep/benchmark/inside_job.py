@@ -1,0 +1,283 @@
+"""The benchmarks that run as ranks of one job: `throughput` and `comm`."""
+
+import contextlib
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from lockstep.benchmark.communication import (
+    FORECAST_RANKS,
+    SIZES,
+    bus_bytes,
+    fit_alpha_beta,
+    measure_all_reduce,
+    measure_alpha,
+    measure_copy,
+    measure_wires,
+)
+from lockstep.benchmark.report import new_folder, print_table, save, spread
+from lockstep.benchmark.sharding import STRATEGIES, Found, measure_pipeline, measure_strategy, proof_settings
+from lockstep.benchmark.throughput import Throughput, measure_throughput
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
+from lockstep.parallel.schedule import bubble
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.memory import peak_mib
+from lockstep.settings import Settings
+from lockstep.settings.reading import parse_benchmark
+from lockstep.tasks.classify import Classify
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """How long, and where to."""
+
+    rounds: int = 5
+    """Rounds, in each of which everything that is compared has its turn."""
+
+    updates: int = 100
+    """Updates of each turn."""
+
+    limit: bool = True
+    """Compare with the limit."""
+
+    link_gbits: float | None = None
+    """What a node's link to the others can carry, in Gbit/s, to be compared with."""
+
+    json: bool = False
+    """Print one line of JSON and nothing else, and write no files."""
+
+    out: str = "runs/benchmark"
+    """Folder for the results; on several nodes, one that all of them see."""
+
+
+def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
+    """Collective."""
+    settings, options = cluster.on_root(lambda: parse_benchmark(BenchmarkOptions, args))
+    if settings.task != "classify":
+        message = f"task is {settings.task}: {kind} measures classify; lockstep benchmark ppo measures ppo"
+        raise SettingsError(message).on_all_ranks()
+    inventory = take_inventory(cluster)
+    if cluster.is_root and not options.json:
+        print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
+    folder = cluster.on_root(lambda: new_folder(options.out))
+    scratch = Path(cluster.on_root(lambda: mkdtemp(prefix="scratch-", dir=folder)))
+    measure = {"throughput": _throughput, "comm": _comm, "sharding": _sharding, "pipeline": _pipeline}[kind]
+    with contextlib.ExitStack() as stack:
+        if cluster.is_root:
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        result, present = measure(cluster, settings, options, scratch)
+        cluster.barrier()  # all have written their last
+    if cluster.is_root and options.json:
+        print(json.dumps(result), flush=True)
+    elif cluster.is_root:
+        present(folder, {**result, "environment": inventory})
+
+
+Present = Callable[[Path, dict[str, Any]], None]
+
+
+def _throughput(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    found = measure_throughput(cluster, settings, scratch, options.rounds, options.updates, options.limit)
+    rate = statistics.median(found.run)
+    result: dict[str, Any] = {
+        "images_per_second": rate,
+        "num_ranks": cluster.size,
+        "peak_mib": max(cluster.all_gather_object(peak_mib())),
+        "rounds": {"run": found.run, "limit": found.limit, "ideal": found.ideal},
+        "milliseconds": found.split,
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from lockstep.benchmark.figures import plot_throughput
+
+        rows = [("the run as launched", spread(found.run, 0), "")]
+        if options.limit:
+            rows += [
+                ("its limit: each rank for itself", spread(found.limit, 0), spread(found.ratios(found.limit))),
+                ("the limit, if ranks wait for each other", spread(found.ideal, 0), spread(found.ratios(found.ideal))),
+            ]
+        title = f"{cluster.size} rank(s), {options.rounds} rounds of {options.updates} updates; {settings.precision}"
+        print_table(title, ("", "images/s: median (spread)", "run / this"), rows)
+        _print_split(found)
+        save(folder, "throughput", result, plot_throughput(found))
+
+    return result, present
+
+
+def _print_split(found: Throughput) -> None:
+    whole = sum(found.split.values())
+    rows = [(name, f"{value:.3f}", f"{value / whole:.1%}") for name, value in found.split.items()]
+    print_table("Where an update goes", ("", "ms", "share"), [*rows, ("all", f"{whole:.3f}", "")])
+
+
+def _comm(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    if cluster.size == 1:
+        raise SettingsError("one rank has nobody to talk to: start comm with two or more, mpirun -np 2").on_all_ranks()
+    model = Classify(settings, cluster).build_model()
+    num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    alpha = measure_alpha(cluster)
+    all_reduce = measure_all_reduce(cluster, SIZES)
+    copy = measure_copy(cluster, SIZES)
+    wires = measure_wires(cluster, num_bytes)
+    fit = fit_alpha_beta(cluster.size, alpha, all_reduce)
+    found = measure_throughput(cluster, settings, scratch, options.rounds, options.updates)
+    batch = settings.data.global_batch_size(cluster.size)
+    alone, measured = (batch / statistics.median(rates) for rates in (found.ideal, found.run))
+    bound = bus_bytes(cluster.size, num_bytes) * 8 / (options.link_gbits * 1e9) if options.link_gbits else None
+    result: dict[str, Any] = {
+        "num_ranks": cluster.size,
+        "gradient_bytes": num_bytes,
+        "all_reduce_seconds": all_reduce,
+        "copy_seconds": copy,
+        "gradient_seconds_by_wire": wires,
+        "link_bound_seconds": bound,
+        "fit": {"alpha": fit.alpha, "beta": fit.beta, "constant": fit.constant},
+        "update_seconds": {
+            "alone": alone,
+            "predicted": alone + fit.seconds(cluster.size, num_bytes),
+            "measured": measured,
+        },
+        "forecast": {n: fit.efficiency(n, num_bytes, alone) for n in FORECAST_RANKS},
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from lockstep.benchmark.figures import plot_communication
+
+        rows = [
+            (
+                f"{size:,} B",
+                f"{seconds * 1e3:.3f}",
+                f"{fit.seconds(cluster.size, size) * 1e3:.3f}",
+                f"{bus_bytes(cluster.size, size) / seconds / 1e9:.3f}",
+                f"{size / copy[size] / 1e9:.3f}",
+            )
+            for size, seconds in all_reduce.items()
+        ]
+        title = f"All-reduce over {cluster.size} rank(s), float32"
+        print_table(title, ("size", "ms", "ms by the fit", "bus GB/s", "a copy in memory, GB/s"), rows)
+        print(
+            f"fit: {fit.constant * 1e6:.0f} us + 2 log2(n) {fit.alpha * 1e6:.1f} us "
+            f"+ 2(n-1)/n S / {1 / max(fit.beta, 1e-15) / 1e9:.2f} GB/s"
+        )
+        by_wire = [
+            (
+                name,
+                f"{seconds * 1e3:.2f}",
+                f"{wires['float32'] / seconds:.2f}",
+                f"{bound * (1 if name == 'float32' else 0.5) / seconds:.3f}" if bound else "",
+            )
+            for name, seconds in wires.items()
+        ]
+        title = f"The gradient, {num_bytes:,} B"
+        print_table(title, ("on the wire", "ms", "times as fast", "the link's bound / this"), by_wire)
+        updates = result["update_seconds"]
+        print(
+            f"An update takes {updates['alone'] * 1e3:.2f} ms without communication, by the fit "
+            f"{updates['predicted'] * 1e3:.2f} ms with it; measured: {updates['measured'] * 1e3:.2f} ms"
+        )
+        forecast = [(f"{n:,}", f"{efficiency:.3f}") for n, efficiency in result["forecast"].items()]
+        print_table("Forecast, if more nodes are joined by such links", ("ranks", "efficiency"), forecast)
+        save(folder, "comm", result, plot_communication(cluster.size, all_reduce, copy, fit, num_bytes, alone))
+
+    return result, present
+
+
+def _sharding(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    found = {
+        how: measure_strategy(cluster, proof_settings(settings.model, how), scratch, options.updates)
+        for how in STRATEGIES
+    }
+    result: dict[str, Any] = {
+        "num_ranks": cluster.size,
+        "strategies": {how: _beside(of, found["replicated"]) for how, of in found.items()},
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from lockstep.benchmark.figures import plot_sharding
+
+        rows = [
+            (
+                how,
+                f"{of['largest_loss_difference']:.1e}",
+                f"{of['largest_weight_difference']:.1e}",
+                f"{of['held_bytes'] / 2**20:.3f} / {of['held_formula'] / 2**20:.3f}",
+                f"{of['sent_bytes'] / 2**20:.3f}"
+                + (f" / {of['sent_formula'] / 2**20:.3f}" if of["sent_formula"] is not None else ""),
+            )
+            for how, of in result["strategies"].items()
+        ]
+        columns = ("", "losses", "weights", "held / formula", "sent / formula")
+        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB a rank"
+        print_table(title, columns, rows)
+        save(folder, "sharding", result, plot_sharding(result["strategies"]))
+
+    return result, present
+
+
+def _beside(found: Found, reference: Found) -> dict[str, float | None]:
+    """What is found of one strategy; differences relative to the largest value, or absolute where that is below 1."""
+    losses = zip(found.losses, reference.losses, strict=True)
+    weights = [
+        float((found.weights[name] - tensor).abs().max() / max(1.0, float(tensor.abs().max())))
+        for name, tensor in reference.weights.items()
+    ]
+    return {
+        "largest_loss_difference": _largest([abs(mine - other) / max(1.0, abs(other)) for mine, other in losses]),
+        "largest_weight_difference": _largest(weights),
+        "held_bytes": found.held,
+        "held_formula": found.held_formula,
+        "sent_bytes": found.sent,
+        "sent_formula": found.sent_formula,
+    }
+
+
+def _largest(differences: list[float]) -> float:
+    """0 of none; NaN if any is NaN, which Python's max passes over."""
+    return float(torch.tensor([0.0, *differences], dtype=torch.float64).max())
+
+
+def _pipeline(
+    cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
+) -> tuple[dict[str, Any], Present]:
+    """Collective."""
+    found = measure_pipeline(cluster, settings, scratch, options.rounds, options.updates)
+    ratios = [run / ideal for run, ideal in zip(found.run, found.ideal, strict=True)]
+    num_stages, num_pieces = len(found.stage_milliseconds), settings.gradient.num_micro_batches
+    result: dict[str, Any] = {
+        "num_stages": num_stages,
+        "num_micro_batches": num_pieces,
+        "schedule": settings.pipeline.schedule,
+        "bubble": bubble(num_stages, num_pieces),
+        "updates_per_second": {"run": found.run, "ideal": found.ideal},
+        "stage_milliseconds": found.stage_milliseconds,
+    }
+
+    def present(folder: Path, result: dict[str, Any]) -> None:
+        from lockstep.benchmark.figures import plot_peers
+
+        stages = ", ".join(f"{one:.2f}" for one in found.stage_milliseconds)
+        title = f"{num_stages} stages x {num_pieces} micro-batches, {settings.pipeline.schedule}; ms a stage: {stages}"
+        rows = [("the pipeline", spread(found.run), ""), ("its ideal", spread(found.ideal), spread(ratios))]
+        print_table(title, ("", "updates/s: median (spread)", "pipeline / this"), rows)
+        print(f"The bubble is {result['bubble']:.3f} of the ideal's time")
+        rates = {"pipeline": found.run, "ideal": found.ideal}
+        save(folder, "pipeline", result, plot_peers(rates, "updates/s"))
+
+    return result, present

@@ -1,0 +1,123 @@
+"""What all peers have in common: network, data, batch, optimizer's settings, threads, and how they are timed.
+
+The peers are what Lockstep's speed is compared with: the same training, written as the users of other means write it.
+`lockstep benchmark peers` starts them all in turn.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import transforms
+
+from lockstep.data.digits import load_digits
+from lockstep.runtime.affinity import allowed_cpus, read_topology, share_cores
+from lockstep.runtime.affinity import pin as pin_to
+
+BATCH_SIZE_PER_RANK = 32
+LEARNING_RATE = 0.05
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+WINDOW = 10  # updates whose mean loss is looked at
+# Of the first loss: below this something is learned, and so worth timing. Not asked of the last loss, since one rank
+# alone, with 32 images in the whole batch, diverges at this learning rate after some 100 to 200 updates.
+LEARNED = 0.75
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """The digits that Lockstep trains on, each item made as torchvision's MNIST makes it: a PIL image, transformed."""
+
+    def __init__(self) -> None:
+        digits = load_digits(train=True)
+        self.images = digits.images.squeeze(1)
+        self.labels = digits.labels
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.images[index].numpy())
+        return self.transform(image), int(self.labels[index])
+
+
+def parse_args(description: str | None) -> argparse.Namespace:
+    """How many updates to train, how many of them before the clock starts, and whether to pin."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=100, help="timed updates (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=20, help="updates before those (default: %(default)s)")
+    parser.add_argument("--pin", action="store_true", help="keep each rank on its own share of the cores")
+    return parser.parse_args()
+
+
+def set_threads(pin: bool, local_rank: int, local_size: int) -> None:
+    """One thread of arithmetic; with `pin` on this local rank's share of the cores, the one that Lockstep gives it.
+
+    To be called before anything starts threads for communication: they inherit the cores of the thread that starts
+    them.
+    """
+    torch.set_num_threads(1)
+    if pin:
+        cpus = allowed_cpus()
+        pin_to(share_cores([cpus] * local_size, read_topology(cpus))[local_rank])
+
+
+def measure(
+    update: Callable[[Tensor, Tensor], Tensor],
+    loader: DataLoader[Any],
+    arguments: argparse.Namespace,
+    synchronise: Callable[[], object],
+    rank: int = 0,
+    num_ranks: int = 1,
+    batch_size_per_rank: int = BATCH_SIZE_PER_RANK,
+) -> None:
+    """Collective: train, and print on rank 0 how fast, as one line of JSON.
+
+    Args:
+        update: learns from one batch of images and labels, and gives its loss.
+        synchronise: returns once every rank has called it, so that the time is that of the slowest.
+    """
+    batches = _endless(loader)
+    losses: list[Tensor] = []
+    for _ in range(arguments.warmup):
+        losses.append(update(*next(batches)).detach())
+    synchronise()
+    started = time.perf_counter()
+    for _ in range(arguments.updates):
+        losses.append(update(*next(batches)).detach())
+    synchronise()
+    seconds = time.perf_counter() - started
+    means = [statistics.fmean(map(float, losses[start : start + WINDOW])) for start in range(0, len(losses), WINDOW)]
+    if len(losses) >= 4 * WINDOW and min(means) > LEARNED * means[0]:
+        sys.exit(f"rank {rank} does not learn: its losses are {', '.join(f'{mean:.3f}' for mean in means)}")
+    if rank == 0:
+        report = {
+            "images_per_second": num_ranks * batch_size_per_rank * arguments.updates / seconds,
+            "ms_per_update": seconds / arguments.updates * 1e3,
+            "num_ranks": num_ranks,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "first_loss": means[0],
+            "lowest_loss": min(means),
+            "last_loss": means[-1],
+        }
+        print(json.dumps(report), flush=True)
+
+
+def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        if isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.set_epoch(epoch)
+        yield from loader
+        epoch += 1

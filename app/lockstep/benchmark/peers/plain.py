@@ -1,0 +1,48 @@
+"""A peer: PyTorch in one process, with nobody to talk to.
+
+python -m lockstep.benchmark.peers.plain [--pin]
+
+Several copies at once are several processes that never talk: the limit for those that do. Each copy is told its
+LOCAL_RANK and LOCAL_WORLD_SIZE, and so which cores to be pinned to.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lockstep.benchmark.peers.common import (
+    BATCH_SIZE_PER_RANK,
+    LEARNING_RATE,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Digits,
+    measure,
+    parse_args,
+    set_threads,
+)
+from lockstep.models.net import Net
+
+
+def main() -> None:
+    arguments = parse_args(__doc__)
+    set_threads(arguments.pin, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.manual_seed(0)
+    loader = DataLoader(Digits(), BATCH_SIZE_PER_RANK, shuffle=True, drop_last=True)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def update(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.nll_loss(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    measure(update, loader, arguments, synchronise=lambda: None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Images per second of a run as it was launched, beside its limit: the same ranks, each for itself.
+
+The run is all that app/train.py does in an update, with the ledger on: sampler, all-reduce, sentinel, journal. The
+limit is a bare PyTorch loop over the same model, batch size, precision and optimizer, with its batches in memory, no
+communication, and Horovod's thread at rest. They take turns, round by round.
+"""
+
+import contextlib
+import io
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.comm.cluster import Cluster
+from lockstep.data.loader import LabelledBatch
+from lockstep.runtime.seeding import seed_model
+from lockstep.settings import CheckpointSettings, Settings
+from lockstep.tasks.classify import Classify
+from lockstep.training.build import build_trainer
+from lockstep.training.optim import build_optimizer
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trainer import Trainer
+
+T = TypeVar("T")
+
+NUM_BATCHES_IN_MEMORY = 16
+WARMUP = 20  # updates, of each before the first round
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What all ranks together have done.
+
+    Attributes:
+        run, limit: images/s of each round.
+        ideal: images/s of each round's limit if its ranks had waited for the slowest of them after every update, at no
+            cost: what a synchronous run could reach at best, since cores differ from one moment to the next.
+        split: milliseconds of one update of the run, by what they were spent on: the mean over ranks and rounds.
+    """
+
+    run: list[float]
+    limit: list[float]
+    ideal: list[float]
+    split: dict[str, float]
+
+    def ratios(self, to: list[float]) -> list[float]:
+        """The run's images/s as a part of `to`, round by round."""
+        return [mine / other for mine, other in zip(self.run, to, strict=True)]
+
+
+def measure_throughput(
+    cluster: Cluster, settings: Settings, folder: Path, num_rounds: int, num_updates: int, with_limit: bool = True
+) -> Throughput:
+    """Collective: `num_rounds` of `num_updates` of the run, and of its limit after each if `with_limit`.
+
+    Args:
+        folder: an empty one that all ranks see, for what the run writes.
+    """
+    settings = replace(
+        settings,
+        num_epochs=10**6,
+        optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
+        checkpoint=CheckpointSettings(interval=0),  # their cost is told by `benchmark proofs`
+        proof=replace(settings.proof, ledger=True),
+    )
+    run = _Run(cluster, settings, folder)
+    limit = _Limit(cluster, run.task, settings) if with_limit else None
+    run.updates(WARMUP)
+    run_seconds: list[float] = []
+    limit_seconds: list[float] = []
+    ideal_seconds: list[float] = []
+    splits: list[dict[str, float]] = []
+    run_images: list[int] = []
+    limit_images: list[int] = []
+    for _ in range(num_rounds):
+        before = run.trainer.progress.num_samples
+        parts, seconds = timed(cluster, lambda: run.updates(num_updates))
+        run_seconds.append(seconds)
+        run_images.append(run.trainer.progress.num_samples - before)
+        splits.append(_split(cluster.all_gather_object(parts)))
+        if limit:
+            with cluster.without_horovod():
+                limit.updates(1 if limit_seconds else WARMUP)
+                each, seconds = timed(cluster, lambda: limit.updates(num_updates))
+            limit_seconds.append(seconds)
+            limit_images.append(num_updates * limit.num_images_per_update)
+            ideal_seconds.append(sum(map(max, zip(*cluster.all_gather_object(each), strict=True))))
+    return Throughput(
+        [images / seconds for images, seconds in zip(run_images, run_seconds, strict=True)],
+        [images / seconds for images, seconds in zip(limit_images, limit_seconds, strict=True)],
+        [images / seconds for images, seconds in zip(limit_images, ideal_seconds, strict=True)],
+        {name: statistics.mean(split[name] for split in splits) for name in splits[0]},
+    )
+
+
+class _Run:
+    """Training as app/train.py does it."""
+
+    def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
+        """Collective."""
+        self.task = Classify(settings, cluster)
+        self.trainer: Trainer = build_trainer(cluster, settings, self.task, RunFolder(folder))
+        self._batches = forever(self.trainer)
+        self._inside: list[float] = []
+        self._communication: list[float] = []
+        reduce_gradients = self.trainer.strategy.reduce_gradients
+
+        def timed_reduce() -> None:
+            if cluster.device.type == "cuda":
+                torch.cuda.synchronize()  # or the backward pass would count as communication
+            started = time.perf_counter()
+            reduce_gradients()
+            self._communication.append(time.perf_counter() - started)
+
+        self.trainer.strategy.reduce_gradients = timed_reduce  # type: ignore[method-assign]
+        update = self.trainer.strategy.update
+
+        def timed_update(*arguments: object) -> Tensor:
+            started = time.perf_counter()
+            tally = update(*arguments)  # type: ignore[arg-type]
+            self._inside.append(time.perf_counter() - started)
+            return tally
+
+        self.trainer.strategy.update = timed_update  # type: ignore[method-assign, assignment]
+
+    def updates(self, number: int) -> list[tuple[float, float, float, float]]:
+        """Collective: for each update, seconds of sampling, of the whole, in the strategy, and in the all-reduce."""
+        parts = []
+        with contextlib.redirect_stdout(io.StringIO()):  # the log lines
+            for _ in range(number):
+                started = time.perf_counter()
+                batch = next(self._batches)
+                sampled = time.perf_counter()
+                self.trainer.update(batch)
+                ended = time.perf_counter()
+                parts.append((sampled - started, ended - started, self._inside.pop(), self._communication.pop()))
+        return parts
+
+
+def forever(trainer: Trainer) -> Iterator[LabelledBatch]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from trainer.loader.rest_of_epoch()
+
+
+class _Limit:
+    """A bare PyTorch loop with the same model and settings, on this rank alone."""
+
+    def __init__(self, cluster: Cluster, task: Classify, settings: Settings) -> None:
+        self._task = task
+        self._device = cluster.device
+        seed_model(settings.seed)
+        self._model = task.build_model()
+        self._optimizer = build_optimizer(self._model, settings.optimizer)
+        loader = task.build_loader(cluster.rank, cluster.size)
+        batches = itertools.islice(loader.rest_of_epoch(), NUM_BATCHES_IN_MEMORY)
+        whole = min(loader.batch_size, loader.num_samples)  # an epoch's ragged last batch would count for too much
+        self._batches = [batch for batch in batches if batch.global_size == whole]
+        self.num_images_per_update = whole
+        self._next = 0
+
+    def updates(self, number: int) -> list[float]:
+        """Seconds of each of `number` updates."""
+        seconds = []
+        for _ in range(number):
+            batch = self._batches[self._next % len(self._batches)]
+            self._next += 1
+            started = time.perf_counter()
+            self._optimizer.zero_grad()
+            F.nll_loss(self._task.outputs(self._model, batch.inputs), batch.targets).backward()
+            self._optimizer.step()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+
+def timed(cluster: Cluster, function: Callable[[], T]) -> tuple[T, float]:
+    """Collective: what `function` returns, and the seconds until all ranks had done it."""
+    cluster.barrier()
+    started = time.perf_counter()
+    answer = function()
+    cluster.barrier()
+    return answer, time.perf_counter() - started
+
+
+def _split(ranks: list[list[tuple[float, float, float, float]]]) -> dict[str, float]:
+    """What an update's milliseconds went to, from the parts of every rank's updates.
+
+    The rank that enters an all-reduce last waits for none, so that it alone sees what the all-reduce itself takes.
+    """
+    parts = torch.tensor(ranks, dtype=torch.float64).mul_(1e3)  # (ranks, updates, 4)
+    sampler, whole, inside, sums = parts.unbind(2)
+    reduce = sums.amin(0)
+    split = {
+        "sampler": sampler,
+        "forward, backward, check, step": inside - sums,
+        "waiting for the slowest rank": sums - reduce,
+        "all-reduce": reduce,
+        "ledger, sentinel, journal": whole - sampler - inside,
+    }
+    return {name: part.mean().item() for name, part in split.items()}

@@ -1,0 +1,1 @@
+"""The commands: each parses its arguments, builds what it needs, and runs it."""

@@ -1,0 +1,120 @@
+"""Loads the merged model of a run alone and evaluates it: on the held-out samples, or in seeded episodes.
+
+env/run lockstep evaluate runs/latest                     accuracy, confusion matrix, worst mistakes; or the return
+env/run mpirun -np 4 lockstep evaluate runs/latest        the same, shared by four ranks
+env/run lockstep evaluate runs/latest --episodes 20       of an agent that acts: so many episodes
+env/run lockstep evaluate runs/latest --record play.gif   one of them as moving pictures
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.program import run_program
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import Settings
+from lockstep.settings.trust import add_trust
+from lockstep.tasks.classify import Classify, Evaluation
+from lockstep.tasks.task import Task
+from lockstep.training.build import build_task
+from lockstep.training.run_folder import RunFolder, load_into, storage_errors
+
+NUM_MISTAKES = 24
+MAX_CLASSES_SHOWN = 25
+
+
+def run(cluster: Cluster) -> None:
+    arguments = cluster.on_root(_parse_args)
+    folder = RunFolder(arguments.run)
+    settings = cluster.on_root(lambda: _settings_for(arguments))
+    task = build_task(settings, cluster)
+    model = task.build_model()
+    cluster.on_every_rank(lambda: load_into(model, folder))
+    evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
+    if cluster.is_root:
+        if isinstance(task, Classify) and isinstance(evaluation, Evaluation):
+            _print_confusion(evaluation.confusion, task.held_out.classes)
+        print(evaluation)
+        if isinstance(task, Classify):
+            _draw_worst_mistakes(task, model, folder.path / "mistakes.png")
+        elif arguments.record:
+            _record(task, model, arguments.record)
+
+
+def _settings_for(arguments: argparse.Namespace) -> Settings:
+    """Those of the run.
+
+    Raises:
+        StorageError: it is not finished.
+        SettingsError: it is of another kind than `arguments` are for.
+    """
+    settings = RunFolder.open(arguments.run).load_settings(arguments.trust == "true")
+    if settings.task == "classify" and (arguments.record or arguments.episodes):
+        raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for what acts")
+    if arguments.episodes:
+        settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
+    return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
+
+
+def _print_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
+    if len(classes) > MAX_CLASSES_SHOWN:
+        return
+    table = Table(title="Confusion matrix (rows: true class, columns: predicted)")
+    for heading in ("", *classes):
+        table.add_column(heading, justify="right")
+    for name, row in zip(classes, confusion.tolist(), strict=True):
+        table.add_row(name, *(str(count) if count else "." for count in row))
+    Console(color_system=None).print(table)  # a launcher's pipe may pass for a terminal, even into a file
+
+
+def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> None:
+    """The wrong answers in which the true class was held least likely."""
+    from lockstep.training.plots import plot_mistakes  # matplotlib is for rank 0 alone
+
+    output, labels = task.predict(model)
+    predicted, names = output.argmax(1), task.held_out.classes
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[output[wrong, labels[wrong]].argsort()][:NUM_MISTAKES].cpu()
+    titles = [f"{names[int(labels[index])]} taken for {names[int(predicted[index])]}" for index in worst.tolist()]
+    pictures = task.held_out.pictures(worst.numpy())
+    with storage_errors():
+        plot_mistakes(pictures, titles, picture, f"{len(wrong)} mistakes of {len(labels)}, the worst first")
+    print(f"Worst mistakes: {picture}")
+
+
+def _record(task: Task, model: nn.Module, picture: Path) -> None:
+    from lockstep.tasks.ppo import Ppo  # with Gymnasium, for those who need it
+    from lockstep.tasks.recording import record
+
+    assert isinstance(task, Ppo)
+    with storage_errors():
+        episode = record(partial(task.act, partial(task.outputs, model)), task.settings.env, picture)
+    print(f"Recorded: {picture}, {episode.length} steps with a return of {episode.total_reward:.2f}")
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lockstep evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
+    parser.add_argument("--episodes", type=_at_least_one, help="how many (default: as the run's settings say)")
+    parser.add_argument("--record", type=Path, metavar="FILE.gif", help="write an episode as moving pictures")
+    add_trust(parser)
+    return parser.parse_args()
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of episodes")
+    return number
+
+
+def main() -> None:
+    run_program(run)

@@ -1,0 +1,130 @@
+"""The merged model for programs that know nothing of Lockstep.
+
+env/run lockstep export runs/latest                 model.pt2, for torch.export.load; model.onnx, for ONNX Runtime
+env/run lockstep export runs/latest --formats onnx  one of them
+
+Inputs are what the network takes: normalised images, or observations; any number of them. ONNX is in float32. Each
+file holds the run's settings.yaml, too. It is read again, and must give what the model gives. `model.safetensors`,
+which every run leaves, has the weights alone.
+"""
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.program import run_program
+from lockstep.runtime.errors import LockstepError, SettingsError
+from lockstep.settings.reading import SETTINGS_FILE
+from lockstep.settings.trust import add_trust
+from lockstep.training.build import build_task
+from lockstep.training.run_folder import RunFolder, load_into, replacing
+
+Outputs = Callable[[Tensor], Tensor]
+NUM_EXAMPLES = 3  # to export with
+NUM_CHECKED = 64  # other samples, and more of them
+TOLERANCE = 1e-5  # of the largest output: others compute in another order, in float32
+
+
+def run(cluster: Cluster) -> None:
+    """
+    Raises:
+        LockstepError: what was written does not give what the model gives.
+        SettingsError: it was started as several ranks.
+        StorageError: the run is not finished, or a file cannot be written.
+    """
+    arguments = _parse_args()
+    if cluster.size > 1:
+        raise SettingsError("one rank exports a model: start this without a launcher").on_all_ranks()
+    folder = RunFolder.open(arguments.run)
+    settings = folder.load_settings(arguments.trust == "true")
+    task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
+    model = task.build_model().cpu().eval()
+    load_into(model, folder)
+    examples = task.example_inputs(NUM_EXAMPLES).cpu().to(task.dtype)
+    for name in arguments.formats:
+        difference = export(model, examples, folder, name)
+        path = folder.path / f"model.{name}"
+        print(
+            f"Exported {path}, {path.stat().st_size:,} bytes: outputs within {difference:.1e} of the model's",
+            flush=True,
+        )
+
+
+def export(model: nn.Module, examples: Tensor, folder: RunFolder, name: str) -> float:
+    """Write `model` as model.`name`; how far the outputs of what was written are from its own, of the largest.
+
+    Raises:
+        LockstepError: too far; or the network is of a kind that cannot be written so.
+        StorageError: it cannot be written.
+    """
+    torch.manual_seed(0)
+    inputs = examples.mean() + torch.randn(NUM_CHECKED, *examples.shape[1:], dtype=examples.dtype)
+    with torch.no_grad(), warnings.catch_warnings(), replacing(folder.path / f"model.{name}") as temporary:
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        expected = model(inputs)
+        settings = (folder.path / SETTINGS_FILE).read_text()
+        try:
+            found = FORMATS[name](model, examples, temporary, settings)(inputs)
+        except Exception as error:  # an exporter's, of one network in a thousand ways
+            why = " ".join(str(error).split())[:300]
+            raise LockstepError(f"this network cannot be written as model.{name}: {why}") from error
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise LockstepError(
+                f"model.{name} would give other outputs than the model: they differ by {difference:.1e}"
+            )
+    return difference
+
+
+def _write_pt2(model: nn.Module, examples: Tensor, file: Path, settings: str) -> Outputs:
+    program = torch.export.export(model, (examples,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with file.open("wb") as opened:
+        torch.export.save(program, opened, extra_files={SETTINGS_FILE: settings})
+    with file.open("rb") as opened:
+        outputs: Outputs = torch.export.load(opened).module()
+    return outputs
+
+
+def _write_onnx(model: nn.Module, examples: Tensor, file: Path, settings: str) -> Outputs:
+    import onnxruntime
+
+    # ONNX Runtime knows most of what networks do in float32 alone.
+    model, examples = copy.deepcopy(model).float(), examples.float()
+    program: Any = torch.onnx.export(
+        model,
+        (examples,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["inputs"],
+        output_names=["outputs"],
+        verbose=False,
+    )
+    program.model.metadata_props[SETTINGS_FILE] = settings
+    program.save(str(file), external_data=False)
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.float().numpy()})[0])
+
+
+FORMATS = {"pt2": _write_pt2, "onnx": _write_onnx}
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lockstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="(default: %(default)s)")
+    add_trust(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    run_program(run)

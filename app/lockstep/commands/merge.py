@@ -1,0 +1,107 @@
+"""Merges a checkpoint, however many ranks it was written by and whatever the strategy, into one file. Needs no MPI.
+
+env/run lockstep merge runs/latest                            the last checkpoint -> runs/latest/model.safetensors
+env/run lockstep merge runs/latest --step 200                 update 200 -> runs/latest/model-200.safetensors
+
+Tensor by tensor: it needs memory for the largest tensor only. `lockstep evaluate` then scores the run's merged model.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lockstep.parallel.merge import merge_shards
+from lockstep.parallel.weight_average import AVERAGE
+from lockstep.runtime.errors import SettingsError, StorageError, run_alone
+from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
+from lockstep.training.run_folder import MODEL, replacing
+from lockstep.training.tensor_file import TensorFileWriter
+
+PREFIX = "model/"
+AVERAGE_PREFIX = f"optimizer/{AVERAGE}/"
+
+
+def run() -> None:
+    """
+    Raises:
+        SettingsError: there is no such checkpoint.
+        StorageError: the checkpoint is torn, or the file cannot be written.
+    """
+    arguments = _parse_args()
+    checkpoint = _find(arguments.run, arguments.step)
+    out = arguments.out or arguments.run / (MODEL if arguments.step is None else f"model-{checkpoint.step}.safetensors")
+    digest = merge_checkpoint(checkpoint, out)
+    print(f"Merged the model after update {checkpoint.step}: {out}, {out.stat().st_size:,} bytes, digest {digest}")
+
+
+def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
+    """Write the model in `checkpoint` to `out`, and return its digest.
+
+    Raises:
+        StorageError: the checkpoint lacks a part, or the file cannot be written.
+    """
+    names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
+    tied = _tied_weights(checkpoint)  # whose average has the first of their names
+    like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
+    with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
+        for name, tensor in like.items():
+            average = f"{AVERAGE_PREFIX}{tied.get(name, name)}"  # where the run keeps one, it is its model
+            parts = checkpoint.parts(average if average in checkpoint.shapes else f"{PREFIX}{name}")
+            try:
+                merged = merge_shards({name: parts}, like={name: tensor})
+            except ValueError as error:
+                raise StorageError(f"{checkpoint.path}: {error}") from error
+            writer.write(name, merged[name])
+    return writer.digest
+
+
+def _tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Further names of parameters that have several -> the first: what checkpoints of before did not say is found by
+    equal contents.
+    """
+    if "tied_weights" in checkpoint.counters:
+        return dict(checkpoint.counters["tied_weights"])
+    names = [name.removeprefix(PREFIX) for name in checkpoint.shapes if name.startswith(PREFIX)]
+    averaged = [name for name in names if f"{AVERAGE_PREFIX}{name}" in checkpoint.shapes]
+    return {
+        name: first
+        for name in (names if averaged else ())
+        if name not in averaged
+        for first in averaged
+        if checkpoint.shapes[f"{PREFIX}{first}"] == checkpoint.shapes[f"{PREFIX}{name}"]
+        and torch.equal(checkpoint.read(f"{PREFIX}{first}"), checkpoint.read(f"{PREFIX}{name}"))
+    }
+
+
+def _like(checkpoint: Checkpoint, name: str) -> Tensor:
+    return torch.empty(checkpoint.shapes[name], dtype=checkpoint.read(name, 0, 0).dtype, device="meta")
+
+
+def _find(run: Path, step: int | None) -> Checkpoint:
+    if step is None:
+        found = latest_checkpoint(run, tell=print)
+    else:
+        found = next((verify_checkpoint(path) for path in list_checkpoints(run) if int(path.name) == step), None)
+    if found is None:
+        steps = ", ".join(str(int(path.name)) for path in list_checkpoints(run)) or "none"
+        raise SettingsError(f"{run} has no checkpoint{'' if step is None else f' of update {step}'}: it has {steps}")
+    return found
+
+
+def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lockstep merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the last that is whole)")
+    parser.add_argument(
+        "--out", type=Path, help=f"the file to write (default: {MODEL}, or model-STEP.safetensors, in the run's folder)"
+    )
+    return parser.parse_args(args)
+
+
+def main() -> None:
+    run_alone(run)

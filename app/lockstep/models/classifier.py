@@ -1,0 +1,77 @@
+"""The network that a user names: the reference's, a vision transformer, any of torchvision's, or one of their own."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from lockstep.models.log_probabilities import LogProbabilities
+from lockstep.models.net import net_blocks
+from lockstep.models.vit import vit_blocks
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.importing import made
+from lockstep.settings import ModelSettings
+
+Blocks = Iterator[tuple[str, nn.Module]]
+Shape = tuple[int, int, int]
+"""(channels, height, width) of an image."""
+
+
+class Colours(nn.Module):
+    """Grey images (N, 1, height, width) to the three channels that a network was made for, all alike."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+
+def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -> Blocks:
+    """The blocks of the network, in order; what comes out are log-probabilities (N, num_classes).
+
+    Raises:
+        SettingsError: on every rank: there is no such network, or it does not take such images.
+    """
+    try:
+        if settings.name == "net":
+            yield from net_blocks(settings.dropout1, settings.dropout2, shape, num_classes)
+        elif settings.name == "vit":
+            channels, height, width = shape
+            if height != width:
+                raise ValueError(f"it takes square images, and these are {height} x {width}")
+            yield from vit_blocks(**asdict(settings.vit), image_size=height, channels=channels, num_classes=num_classes)
+        elif "." in settings.name:
+            yield "network", made(settings.name, "model.name", nn.Module, shape, num_classes, **settings.options)
+            yield "log_softmax", LogProbabilities()
+        else:
+            yield from _torchvision_blocks(settings, shape, num_classes)
+    except SettingsError as error:
+        raise error.on_all_ranks() from None
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
+
+
+def _torchvision_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -> Blocks:
+    """Those of a ResNet one by one, so that it can be cut into stages; another network is one block."""
+    from torchvision import models  # a second of import that only these networks need
+
+    names = models.list_models(module=models)
+    if settings.name not in names:
+        near = ", ".join(["net", "vit", *get_close_matches(settings.name, names)])
+        raise ValueError(
+            f"there is no such network: {near}, another of torchvision.models or your own, my_package.MyNet"
+        )
+    options: dict[str, Any] = {"weights": None, "num_classes": num_classes, **settings.options}
+    if settings.name in ("googlenet", "inception_v3"):  # which have several outputs, and a slow start
+        options |= {"aux_logits": False, "init_weights": False}
+    network = models.get_model(settings.name, **options)
+    if shape[0] == 1:
+        yield "colours", Colours()
+    if isinstance(network, models.ResNet):
+        for name, block in network.named_children():
+            if name == "fc":
+                yield "flatten", nn.Flatten()
+            yield name, block
+    else:
+        yield "network", network
+    yield "log_softmax", LogProbabilities()

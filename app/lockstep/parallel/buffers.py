@@ -1,0 +1,82 @@
+"""Running statistics, such as batch norm's: buffers that each rank's forward passes change, kept equal on all ranks."""
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.comm.cluster import Cluster
+
+
+class Buffers:
+    """The buffers of a model. Each rank normalises by its own samples; what they have changed in the persistent buffers
+    is averaged after every update, by the ranks' numbers of samples. What a failed update has changed in any is undone.
+    """
+
+    def __init__(self, model: nn.Module, cluster: Cluster) -> None:
+        saved = model.state_dict()
+        self._cluster = cluster
+        # By data type, and by place: a forward pass may put another tensor where a buffer was.
+        self._places: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
+        seen: set[Tensor] = set()
+        for prefix, module in model.named_modules():
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name in saved and buffer not in seen:
+                    seen.add(buffer)
+                    self._places.setdefault(buffer.dtype, []).append((module, name.rpartition(".")[2]))
+        # Caches and the like: each rank has its own, and what they are, or whether they are, may change.
+        self._others = [(m, name) for m in model.modules() for name, buffer in m._buffers.items() if buffer not in seen]
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the buffers, which are equal on all ranks now, for what the next changes start from."""
+        self._before = self._copies()
+        self._remember_others()
+
+    @torch.no_grad()
+    def forget_changes(self) -> None:
+        """What forward passes have changed since all ranks agreed on the buffers is undone. Waits for no rank."""
+        for places, before in zip(self._places.values(), self._before, strict=True):
+            buffers = [self._at(*place) for place in places]
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, values in zip(buffers, before.split(sizes), strict=True):
+                buffer.copy_(values.view(buffer.shape))
+        for (module, name), (other, value) in zip(self._others, self._others_before, strict=True):
+            module._buffers[name] = other
+            if other is not None and value is not None and not torch.equal(other, value):  # constants may be expanded
+                other.copy_(value)
+
+    @torch.no_grad()
+    def agree(self, share: float) -> None:
+        """Collective: one small sum, if there is any buffer.
+
+        Args:
+            share: this rank's part of the global batch, 0 ... 1.
+        """
+        if not self._places or self._cluster.size == 1:
+            self.remember()
+            return
+        now = self._copies()
+        self._remember_others()
+        change = torch.cat([mine.double() - before.double() for mine, before in zip(now, self._before, strict=True)])
+        # A rank without samples may have divided by their number.
+        change = change * share if share else torch.zeros_like(change)
+        sums = self._cluster.sum_(change, name="buffers").split([len(before) for before in self._before])
+        for before, summed in zip(self._before, sums, strict=True):
+            agreed = before.double() + summed
+            before.copy_(agreed if before.is_floating_point() else agreed.round())
+        self.forget_changes()
+
+    @torch.no_grad()
+    def _remember_others(self) -> None:
+        buffers = [module._buffers[name] for module, name in self._others]
+        self._others_before = [(buffer, None if buffer is None else buffer.clone()) for buffer in buffers]
+
+    @torch.no_grad()
+    def _copies(self) -> list[Tensor]:
+        """The buffers of each data type, one after the other."""
+        return [torch.cat([self._at(*place).flatten() for place in places]) for places in self._places.values()]
+
+    @staticmethod
+    def _at(module: nn.Module, name: str) -> Tensor:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        return buffer

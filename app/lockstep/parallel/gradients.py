@@ -1,0 +1,191 @@
+"""All gradients of a model in one flat buffer, and what becomes of them on the way between the ranks."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.comm.cluster import Cluster
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import GradientSettings
+
+BUCKET_MIB_ON_GPUS = 25.0
+WIRE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Gradients:
+    """Gradients of which each parameter's `.grad` is a view, so that none is copied in or out.
+
+    The buffer holds the parameters in reverse, as a backward pass reaches them, and is cut into buckets. With more than
+    one, each is sent as soon as the last backward pass of an update has filled it. Its last element is the loss: a loss
+    that is not finite on one rank is known to all without a message of its own.
+
+    Attributes:
+        flat: (number of trainable elements + 1,), of the parameters' data type.
+    """
+
+    def __init__(self, model: nn.Module, cluster: Cluster, settings: GradientSettings) -> None:
+        """
+        Raises:
+            SettingsError: on every rank: the number of ranks is not one for Adasum, or the model too large for it.
+        """
+        if settings.reduction == "adasum" and cluster.size & (cluster.size - 1):
+            message = f"gradient.reduction is adasum on {cluster.size} ranks: it needs 1, 2, 4, 8 ... of them"
+            raise SettingsError(message).on_all_ranks()
+        if settings.reduction == "adasum" and cluster.device.type == "cuda":
+            message = "gradient.reduction is adasum on GPUs, where Horovod takes the mean within a node: use sum"
+            raise SettingsError(message).on_all_ranks()
+        self._cluster = cluster
+        self.reduction = settings.reduction
+        self._wire = WIRE_TYPES.get(settings.wire)
+        parameters = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
+        num_elements, most = sum(parameter.numel() for parameter in parameters), cluster.most_elements(torch.float32)
+        if settings.reduction == "adasum" and cluster.size > 1 and num_elements > most:  # it is not exact in pieces
+            message = f"gradient.reduction is adasum for {num_elements:,} parameters, more than its {most:,}: use sum"
+            raise SettingsError(message).on_all_ranks()
+        self.flat = _flat_buffer(parameters)
+        self._parts = self.flat.split([parameter.numel() for parameter in parameters] + [1])
+        on_gpu = self.flat.device.type == "cuda"
+        size_mib = settings.bucket_mib or (BUCKET_MIB_ON_GPUS if on_gpu else math.inf)
+        if self._wire is not None:  # it is sent in two steps, of which the second cannot begin by itself
+            size_mib = math.inf
+        self._buckets = self._cut(parameters, size_mib * 2**20) if settings.reduction == "sum" else []
+
+    def begin(self) -> None:
+        """Forget the last update."""
+        self.flat.zero_()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Before the backward pass of `loss`, a scalar."""
+        self.flat[-1] += loss.detach()
+
+    def send_from_now_on(self) -> None:
+        """Collective: each bucket leaves when the next backward pass has filled it; call it before an update's last."""
+        for bucket in self._buckets[:-1]:
+            bucket.waits_for = len(bucket.parameters)
+
+    def finish(self) -> None:
+        """Collective: the rest is sent; then the buffer holds what all ranks' gradients have become."""
+        if self.reduction == "adasum":
+            self._cluster.adasum_(self._parts, name="gradient")
+            return
+        for bucket in self._buckets:
+            if bucket.arrives is None:
+                bucket.send()
+        for bucket in self._buckets:
+            bucket.receive()
+
+    def are_finite(self) -> bool:
+        """Whether every gradient and the loss is; waits for the device."""
+        # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
+        return math.isfinite(self.flat.sum()) or bool(self.flat.isfinite().all())
+
+    def squared_norm(self) -> float:
+        """Of all gradients together."""
+        return float(torch.linalg.vector_norm(self.flat[:-1])) ** 2
+
+    def not_finite(self, model: nn.Module) -> list[str]:
+        """Which of the loss and `model`'s gradients is infinite or not a number, by name."""
+        named = [(f"the gradient of {name}", parameter.grad) for name, parameter in model.named_parameters()]
+        tensors = [("the loss", self.flat[-1]), *named]
+        return [name for name, tensor in tensors if tensor is not None and not tensor.isfinite().all()]
+
+    def _cut(self, parameters: list[nn.Parameter], num_bytes: float) -> list["_Bucket"]:
+        """Neighbouring parameters together, up to `num_bytes` a bucket; the last one has the loss, too."""
+        groups: list[list[nn.Parameter]] = [[]]
+        for parameter in parameters:
+            if groups[-1] and sum(other.nbytes for other in groups[-1]) + parameter.nbytes > num_bytes:
+                groups.append([])
+            groups[-1].append(parameter)
+        sizes = [sum(parameter.numel() for parameter in group) for group in groups]
+        sizes[-1] += 1
+        return [
+            _Bucket(tensor, group, self._begin_sum(f"gradient.{index}"), hooked=len(groups) > 1)
+            for index, (tensor, group) in enumerate(zip(self.flat.split(sizes), groups, strict=True))
+        ]
+
+    def _begin_sum(self, name: str) -> Callable[[Tensor], Callable[[], None]]:
+        if self._wire is None:
+            return lambda tensor: self._cluster.begin_sum_(tensor, name)
+        wire = self._wire
+        return lambda tensor: lambda: sum_over_wire_(self._cluster, tensor, wire, name)
+
+
+class _Bucket:
+    """A piece of the buffer that is sent at once.
+
+    Attributes:
+        parameters: those whose gradients it holds.
+        waits_for: how many of them the backward pass has yet to reach before it may leave; 0: it does not wait.
+        arrives: what to call for its sum; None until it is sent.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        parameters: list[nn.Parameter],
+        begin_sum: Callable[[Tensor], Callable[[], None]],
+        hooked: bool,
+    ) -> None:
+        self._tensor = tensor
+        self._begin_sum = begin_sum
+        self.parameters = parameters
+        self.waits_for = 0
+        self.arrives: Callable[[], None] | None = None
+        if hooked:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._one_is_there)
+
+    def send(self) -> None:
+        self.arrives = self._begin_sum(self._tensor)
+
+    def receive(self) -> None:
+        assert self.arrives is not None
+        self.arrives()
+        self.arrives, self.waits_for = None, 0
+
+    def _one_is_there(self, _: Tensor) -> None:
+        if self.waits_for:
+            self.waits_for -= 1
+            if self.waits_for == 0:
+                self.send()
+
+
+def sum_over_wire_(cluster: Cluster, tensor: Tensor, wire: torch.dtype, name: str) -> None:
+    """Collective: `tensor` (n,) summed over all ranks, in place, sent as the 2-byte type `wire`.
+
+    Each rank adds up one part of all ranks' tensors, in full and in the order of the ranks, and sends the sum round: as
+    many elements as in a ring all-reduce (Patarasuk and Yuan 2009), but rounded twice on any number of ranks, where a
+    ring rounds at every hop. All ranks end with the same bits.
+    """
+    if cluster.size == 1:
+        return
+    if len(tensor) > (most := max(1, cluster.most_elements(wire) - cluster.size)):  # room to pad
+        for index, piece in enumerate(tensor.split(most)):
+            sum_over_wire_(cluster, piece, wire, f"{name}.{index}")
+        return
+    padded = torch.zeros(-(-len(tensor) // cluster.size) * cluster.size, dtype=wire, device=tensor.device)
+    padded[: len(tensor)] = tensor
+    # Horovod has no bfloat16: it moves the bits as integers.
+    received = cluster.all_to_all(padded.view(torch.int16), f"{name}.scatter").view(wire)
+    mine = received.view(cluster.size, -1).to(tensor.dtype).sum(0)
+    summed = cluster.all_gather(mine.to(wire).view(torch.int16), f"{name}.gather").view(wire)
+    tensor.copy_(summed[: len(tensor)])
+
+
+def _flat_buffer(parameters: list[nn.Parameter]) -> Tensor:
+    """Give each of `parameters` a `.grad` that is a view of one flat buffer, which has one element more.
+
+    A view has its parameter's own strides, without which fused optimizers refuse channels-last weights.
+    """
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+    if len(kinds) != 1:
+        raise ValueError(f"the model's trainable parameters are of {kinds}: one data type on one device is needed")
+    ((dtype, device),) = kinds
+    buffer = torch.zeros(sum(parameter.numel() for parameter in parameters) + 1, dtype=dtype, device=device)
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = buffer.as_strided(parameter.size(), parameter.stride(), offset)
+        offset += parameter.numel()
+    return buffer

@@ -1,0 +1,243 @@
+"""A pipeline: the model's blocks in stages on neighbouring ranks, through which micro-batches flow.
+
+Ranks that hold the same stage of different replicas sum their gradients, as `replicated` does with the whole model.
+Every block draws its random numbers (dropout) by update, replica, micro-batch and block, so that neither the cut into
+stages nor the schedule changes what is learned. Batch norm normalises by micro-batch.
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.ranks import Message
+from lockstep.data.batch import Batch
+from lockstep.parallel.merge import layout_of, state_tensors
+from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.schedule import Action, schedule_of
+from lockstep.parallel.stages import BlockCost, changeable, check_cuts, cut_blocks, measure_blocks, wait_for_device
+from lockstep.parallel.strategy import Blocks, BuildOptimizer, Objective
+from lockstep.parallel.whole import WholeParameters
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.seeding import seed_update, update_seed
+from lockstep.settings import Settings
+
+ACTIVATIONS, GRADIENTS = 2, 3  # tags
+
+
+class Pipeline(WholeParameters):
+    """One stage of one replica.
+
+    Attributes:
+        costs: of every block of the model, as measured on rank 0.
+        firsts: the index of each stage's first block.
+    """
+
+    def __init__(
+        self,
+        make_blocks: Callable[[], Blocks],
+        build_optimizer: BuildOptimizer,
+        cluster: Cluster,
+        settings: Settings,
+        layout: Layout,
+        objective: Objective,
+        example: Tensor,
+    ) -> None:
+        """Collective: every rank takes its stage of rank 0's blocks.
+
+        Args:
+            make_blocks: named, in the order in which they are computed; each takes one tensor and gives one, the first
+                dimension of which counts samples. The same weights at every call.
+            example: inputs (n, ...) of a micro-batch, to measure the blocks with.
+
+        Raises:
+            SettingsError: on every rank: the blocks do not fit the stages.
+        """
+        self._layout = layout
+        self._schedule = settings.pipeline.schedule
+        self.costs = cluster.on_root(lambda: measure_blocks(make_blocks(), objective.outputs, example))
+        self.firsts = cluster.on_root(lambda: _cut(self.costs, settings, layout.num_stages))
+        self._first, stop = [*self.firsts, len(self.costs)][layout.stage : layout.stage + 2]
+        stage = nn.Sequential()
+        like: dict[str, Tensor] = {}
+        first_names: dict[str, str] = {}
+        places: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for index, (name, block) in enumerate(make_blocks()):
+            cluster.broadcast_parameters(state_tensors(block))
+            like |= {f"{name}.{inner}": tensor for inner, tensor in layout_of(block).items()}
+            first_names |= _first_names(block, name, sum(first <= index for first in self.firsts), places)
+            if self._first <= index < stop:
+                stage.add_module(name, block)
+        replicas = cluster.split(layout.same_stage())
+        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), like, first_names, replicas)
+        self._posted: deque[Message] = deque()
+        self._sent: list[Message] = []
+
+    @property
+    def _is_last(self) -> bool:
+        return self._layout.stage == self._layout.num_stages - 1
+
+    # -- updates ---------------------------------------------------------------------------------------------------
+
+    def _backward(self, batch: Batch, objective: Objective, seed: int, send: bool = True) -> Tensor:
+        gradients = self.gradients
+        gradients.begin()
+        pieces = batch.split(self._num_micro_batches)
+        tally = torch.zeros(3, dtype=torch.float64, device=batch.inputs.device)
+        actions = schedule_of(self._schedule, self._layout.stage, self._layout.num_stages, len(pieces))
+        to_come = iter([action for action in actions if self._waits_for(action)])
+        self._post_next(to_come, pieces)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # inputs, and outputs or loss, of micro-batches on their way
+        for action in actions:
+            index, piece = action.micro_batch, pieces[action.micro_batch]
+            received = None
+            if self._waits_for(action):
+                received = self._posted.popleft().wait()
+                self._post_next(to_come, pieces)
+            if action.kind == "forward":
+                inputs = piece.inputs if received is None else received.requires_grad_()
+                outputs = self._through_blocks(objective, inputs, update_seed(seed, index, 0))
+                if self._is_last:
+                    loss, of_piece = objective.loss_sum(outputs, piece)
+                    outputs = loss / batch.global_size
+                    gradients.add_loss(outputs)
+                    tally = tally + of_piece
+                else:
+                    self._send(outputs.detach(), self._layout.stage + 1, ACTIVATIONS)
+                kept[index] = inputs, outputs
+            else:
+                inputs, outputs = kept.pop(index)
+                if send and index == len(pieces) - 1:
+                    gradients.send_from_now_on()
+                outputs.backward(received)
+                if inputs.requires_grad:
+                    gradient = inputs.grad if inputs.grad is not None else torch.zeros_like(inputs)
+                    self._send(gradient, self._layout.stage - 1, GRADIENTS)
+        self._finish_sending()
+        return tally
+
+    def _through_blocks(self, objective: Objective, inputs: Tensor, seed: int | None) -> Tensor:
+        if inputs.requires_grad:
+            inputs = changeable(inputs)
+        for index, block in enumerate(self.model.children(), start=self._first):
+            if seed is not None:
+                seed_update(update_seed(seed, index, 0), inputs.device)
+            inputs = objective.outputs(block, inputs)
+        return inputs
+
+    def _squared_norm(self) -> float:
+        loss = self.gradients.flat[-1].double()
+        squared_norm = torch.tensor(self.gradients.squared_norm(), dtype=torch.float64, device=loss.device)
+        # Every replica has the same.
+        sums = torch.stack([loss, squared_norm]) / self._layout.num_replicas
+        loss, squared_norm = self._cluster.sum_(sums, name="norm")
+        return float(squared_norm) if loss.isfinite() else math.nan
+
+    def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            if self._layout.stage > 0:
+                inputs = self._receive(len(inputs), self._layout.stage - 1, ACTIVATIONS).wait()
+            outputs = self._through_blocks(objective, inputs, seed=None)
+        if self._is_last:
+            return outputs
+        self._send(outputs, self._layout.stage + 1, ACTIVATIONS)
+        self._finish_sending()
+        return None
+
+    def time_alone(self, pieces: Sequence[Batch], objective: Objective, num_rounds: int) -> tuple[float, float]:
+        """Seconds, the median, of one of `pieces` forward and backward through this stage, with no message sent, and of
+        a step of the optimizer. For a benchmark: the gradients are no one's.
+        """
+        passes, steps = [], []
+        for piece in [piece for _ in range(num_rounds) for piece in pieces]:
+            inputs = piece.inputs
+            if self._layout.stage > 0:
+                inputs = self._border(len(piece), self._first - 1).normal_().requires_grad_()
+            started = time.perf_counter()
+            outputs = self._through_blocks(objective, inputs, seed=0)
+            if self._is_last:
+                outputs = objective.loss_sum(outputs, piece)[0]
+            outputs.backward(torch.ones_like(outputs))
+            wait_for_device(outputs)
+            passes.append(time.perf_counter() - started)
+        for _ in range(num_rounds):
+            self.gradients.begin()
+            started = time.perf_counter()
+            self._step()
+            wait_for_device(self.gradients.flat)
+            steps.append(time.perf_counter() - started)
+        return statistics.median(passes), statistics.median(steps)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _waits_for(self, action: Action) -> bool:
+        return self._layout.stage > 0 if action.kind == "forward" else not self._is_last
+
+    def _post_next(self, to_come: Iterator[Action], pieces: Sequence[Batch]) -> None:
+        """Receive one message ahead of its use."""
+        action = next(to_come, None)
+        if action is not None:
+            num_samples = len(pieces[action.micro_batch])
+            source, tag = (-1, ACTIVATIONS) if action.kind == "forward" else (1, GRADIENTS)
+            self._posted.append(self._receive(num_samples, self._layout.stage + source, tag))
+
+    def _receive(self, num_samples: int, stage: int, tag: int) -> Message:
+        """What lies on the border to a neighbouring `stage`: the outputs of the block before it, or their gradients."""
+        tensor = self._border(num_samples, self.firsts[max(stage, self._layout.stage)] - 1)
+        return self._cluster.begin_receive(tensor, self._layout.rank_of(stage), tag)
+
+    def _border(self, num_samples: int, block: int) -> Tensor:
+        """A tensor like the outputs of a block."""
+        cost = self.costs[block]
+        return torch.empty((num_samples, *cost.output_shape), dtype=cost.output_dtype, device=self._cluster.device)
+
+    def _send(self, tensor: Tensor, stage: int, tag: int) -> None:
+        self._sent = [message for message in self._sent if not message.is_done]
+        self._sent.append(self._cluster.begin_send(tensor, self._layout.rank_of(stage), tag))
+
+    def _finish_sending(self) -> None:
+        for message in self._sent:
+            message.wait()
+        self._sent = []
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _part_to_merge(self, name: str) -> Tensor:
+        tensor = state_tensors(self.model).get(name) if self.is_saved_here else None
+        return tensor.reshape(-1) if tensor is not None else torch.empty(0, dtype=self.like[name].dtype)
+
+    @property
+    def is_saved_here(self) -> bool:
+        return self._layout.replica == 0
+
+
+def _cut(costs: Sequence[BlockCost], settings: Settings, num_stages: int) -> list[int]:
+    cuts = settings.pipeline.cuts
+    return cut_blocks(costs, num_stages) if cuts is None else check_cuts(cuts, costs, num_stages)
+
+
+def _first_names(block: nn.Module, name: str, stage: int, places: WeakIdKeyDictionary) -> dict[str, str]:
+    """Each name of each parameter of `block` -> the first of that parameter's names in the whole model.
+
+    Args:
+        places: of the parameters so far: stage, name.
+
+    Raises:
+        SettingsError: on every rank: `block` shares a parameter with a block of another stage.
+    """
+    names = {}
+    for inner, parameter in block.named_parameters(remove_duplicate=False):
+        first_stage, first = places.setdefault(parameter, (stage, f"{name}.{inner}"))
+        if first_stage != stage:
+            raise SettingsError(
+                f"{first} and {name}.{inner} are one parameter (tied weights): in a pipeline they must lie in the same "
+                "stage; name pipeline.cuts such that they do, or use another strategy"
+            ).on_all_ranks()
+        names[f"{name}.{inner}"] = first
+    return names

@@ -1,0 +1,126 @@
+"""A model's blocks, cut into the stages of a pipeline: by hand, or balanced by measured cost."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.runtime.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What a block was measured to take and give.
+
+    Attributes:
+        seconds: forward and backward, of one micro-batch.
+        output_shape: of one sample.
+        learns: it has trainable parameters.
+    """
+
+    name: str
+    seconds: float
+    output_shape: tuple[int, ...]
+    output_dtype: torch.dtype
+    learns: bool
+
+
+NUM_TIMINGS = 3
+
+
+class _Changeable(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, leaf: Tensor) -> Tensor:
+        # Not a view, which must not be changed either.
+        same: Tensor = leaf.new_empty(0).set_(leaf)  # type: ignore[call-overload]
+        return same
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def changeable(leaf: Tensor) -> Tensor:
+    """`leaf` as a block may be given it, in the same memory: one that begins in place (ReLU) must not change a leaf."""
+    changed: Tensor = _Changeable.apply(leaf)
+    return changed
+
+
+def measure_blocks(
+    blocks: Iterable[tuple[str, nn.Module]], outputs_of: Callable[[nn.Module, Tensor], Tensor], inputs: Tensor
+) -> list[BlockCost]:
+    """The cost of each block, the quickest of some passes, if the first is given `inputs` (n, ...). The weights must
+    not be used afterwards: dropout has drawn from the random state that makes them.
+    """
+    costs: list[BlockCost] = []
+    for name, block in blocks:
+        seconds = []
+        for _ in range(NUM_TIMINGS):
+            taken = inputs.detach().clone().requires_grad_(bool(costs))
+            wait_for_device(inputs)
+            started = time.perf_counter()
+            outputs = outputs_of(block, changeable(taken))
+            if outputs.requires_grad:
+                outputs.backward(torch.ones_like(outputs))
+            wait_for_device(inputs)
+            seconds.append(time.perf_counter() - started)
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        costs.append(BlockCost(name, min(seconds), tuple(outputs.shape[1:]), outputs.dtype, learns))
+        inputs = outputs
+    return costs
+
+
+def cut_blocks(costs: Sequence[BlockCost], num_stages: int) -> list[int]:
+    """The first block of every stage, such that the costliest stage costs least and every stage has something to learn.
+
+    Raises:
+        SettingsError: there are not that many blocks that learn.
+    """
+    num_learning = sum(cost.learns for cost in costs)
+    if num_learning < num_stages:
+        raise SettingsError(
+            f"pipeline.num_stages is {num_stages}: the model has {num_learning} blocks with parameters, and each stage "
+            "needs one"
+        )
+    # best[i]: (cost of the costliest stage, the stages' first blocks) of the blocks before i; grown stage by stage.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for _ in range(num_stages):
+        grown: dict[int, tuple[float, list[int]]] = {}
+        for stop in range(1, len(costs) + 1):
+            options = []
+            for start, (so_far, firsts) in best.items():
+                if start < stop and any(cost.learns for cost in costs[start:stop]):
+                    seconds = sum(cost.seconds for cost in costs[start:stop])
+                    options.append((max(so_far, seconds), [*firsts, start]))
+            if options:
+                grown[stop] = min(options)
+        best = grown
+    return best[len(costs)][1]
+
+
+def check_cuts(cuts: Sequence[str], costs: Sequence[BlockCost], num_stages: int) -> list[int]:
+    """The first block of every stage, from the names that the user has given for all stages but the first.
+
+    Raises:
+        SettingsError: there are too few or too many, a name is no block's, or a stage would have nothing to learn.
+    """
+    names = [cost.name for cost in costs]
+    if len(cuts) != num_stages - 1 or any(name not in names for name in cuts):
+        raise SettingsError(
+            f"pipeline.cuts is {list(cuts)}: the first blocks of the {num_stages - 1} stages after the first are "
+            f"needed, from {', '.join(names)}"
+        )
+    firsts = [0, *(names.index(name) for name in cuts)]
+    for start, stop in zip(firsts, [*firsts[1:], len(costs)], strict=True):
+        if start >= stop or not any(cost.learns for cost in costs[start:stop]):
+            raise SettingsError(f"pipeline.cuts is {list(cuts)}: a stage would have no parameters; the order must fit")
+    return firsts
+
+
+def wait_for_device(tensor: Tensor) -> None:
+    """Until what computes `tensor` has, so that a clock can be read."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize()

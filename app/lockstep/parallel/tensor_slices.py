@@ -1,0 +1,159 @@
+"""What a rank holds of a run's state: whole tensors, or parts of them, by names that know nothing of the ranks.
+
+`model/<tensor>` are parameters and buffers, `optimizer/<kind>/<parameter>` the optimizer's state. A part is a run of a
+tensor's elements in row-major order, so that a state can be cut and merged in any way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.parallel.merge import state_tensors, sync_params
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start ... stop - 1, in row-major order, of the parameter `name` of `shape`."""
+
+    name: str
+    start: int
+    stop: int
+    shape: torch.Size
+
+    @staticmethod
+    def whole(name: str, tensor: Tensor) -> "Piece":
+        return Piece(name, 0, tensor.numel(), tensor.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `start` ... of a tensor of `shape`: all of them in their shape, or some of them flat."""
+
+    values: Tensor
+    start: int
+    shape: torch.Size
+
+    @staticmethod
+    def of(values: Tensor, piece: Piece) -> "Part":
+        """`values` are those of `piece`."""
+        is_whole = values.numel() == piece.shape.numel()
+        return Part(values.view(piece.shape) if is_whole else values, piece.start, piece.shape)
+
+    @staticmethod
+    def whole(values: Tensor) -> "Part":
+        return Part(values, 0, values.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.values.shape == self.shape
+
+
+State = dict[str, Part]
+
+
+class SavedState(Protocol):
+    """A state that was saved, however it was cut then. `shapes` are those of the whole tensors."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements start ... stop - 1 of a tensor, (n,), on the CPU."""
+        ...
+
+
+class TensorState:
+    """A `SavedState` in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._tensors[name].reshape(-1)[start:stop]
+
+
+def whole_tensors(saved: SavedState) -> dict[str, Tensor]:
+    """All of `saved`, in memory."""
+    return {name: saved.read(name).view(shape) for name, shape in saved.shapes.items()}
+
+
+def model_state(model: nn.Module) -> State:
+    """Every parameter and persistent buffer of `model`, whole. No copies."""
+    return {f"model/{name}": Part.whole(tensor) for name, tensor in state_tensors(model).items()}
+
+
+def load_model(model: nn.Module, saved: SavedState) -> None:
+    """Overwrite every parameter and persistent buffer of `model`.
+
+    Raises:
+        ValueError: `saved` lacks one of them, or has it in another size.
+    """
+    for name, tensor in state_tensors(model).items():
+        load_piece(tensor, Piece.whole(name, tensor), saved)
+
+
+def load_piece(values: Tensor, piece: Piece, saved: SavedState) -> None:
+    """Overwrite `values` with those of `piece` of the model.
+
+    Raises:
+        ValueError: `saved` lacks the parameter, or has it in another shape.
+    """
+    name = f"model/{piece.name}"
+    if name not in saved.shapes or tuple(saved.shapes[name]) != tuple(piece.shape):
+        raise ValueError(f"{piece.name} is saved as {saved.shapes.get(name)}: {tuple(piece.shape)} is needed")
+    read = saved.read(name, piece.start, piece.stop)
+    if values.is_contiguous():
+        sync_params({name: [values.view(-1)]}, {name: [read]})
+    else:
+        values.copy_(read.view(values.shape))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, pieces: Mapping[Tensor, Piece]) -> State:
+    """The state of `optimizer`, whose parameters are `pieces` of the model's. No copies.
+
+    Raises:
+        ValueError: it keeps something that is neither one number for each element, nor one for all.
+    """
+    state: State = {}
+    for parameter, kinds in optimizer.state.items():
+        piece = pieces[parameter]
+        for kind, value in kinds.items():
+            if value is None:
+                continue
+            tensor, name = torch.as_tensor(value), f"optimizer/{kind}/{piece.name}"
+            if tensor.shape == parameter.shape and kind != "step":
+                state[name] = Part.of(tensor, piece)
+            elif tensor.dim() == 0:
+                if piece.start == 0:  # the others have the same
+                    state[name] = Part.whole(tensor)
+            else:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {kind} of {tuple(tensor.shape)} for {piece.name}: only an "
+                    "optimizer that works element by element can be saved and cut"
+                )
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, pieces: Mapping[Tensor, Piece], saved: SavedState) -> None:
+    """Give `optimizer` the saved state of its `pieces`, whatever its own was."""
+    kinds = {name.split("/")[1] for name in saved.shapes if name.startswith("optimizer/")}
+    by_index: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        piece = pieces[parameter]
+        for kind in sorted(kinds):
+            name = f"optimizer/{kind}/{piece.name}"
+            if name not in saved.shapes:
+                continue
+            if kind == "step" or saved.shapes[name] != tuple(piece.shape):
+                value = saved.read(name).view(()).clone()
+            else:
+                # Fused optimizers walk through memory: they take the elements for others unless the strides are equal.
+                value = torch.empty_like(parameter)
+                value.copy_(saved.read(name, piece.start, piece.stop).view(parameter.shape))
+            by_index.setdefault(index, {})[kind] = value.detach()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})

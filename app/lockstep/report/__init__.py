@@ -1,0 +1,1 @@
+"""What lockstep report puts on its page."""

@@ -1,0 +1,145 @@
+"""Every setting, its default, its unit and its check. How they are read stands in reading.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lockstep.settings.agents import EnvSettings, PpoSettings
+from lockstep.settings.check import check
+from lockstep.settings.data import DataSettings
+from lockstep.settings.learning import GradientSettings, OptimizerSettings, PipelineSettings
+from lockstep.settings.model import ModelSettings, VitSettings
+from lockstep.settings.run import (
+    CheckpointSettings,
+    ProofSettings,
+    StallSettings,
+    StopSettings,
+    parse_loggers,
+    parse_updates,
+)
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "EnvSettings",
+    "GradientSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PipelineSettings",
+    "PpoSettings",
+    "ProofSettings",
+    "Settings",
+    "StallSettings",
+    "StopSettings",
+    "VitSettings",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. With no settings: the reference network on the embedded digits, to 97 % or more."""
+
+    run_dir: str | None = None
+    """New folder for everything that the run leaves behind; by default runs/<date and time>."""
+
+    task: Literal["classify", "ppo"] = "classify"
+    """What is learned: to tell classes apart; or to act, by proximal policy optimization (Schulman et al. 2017)."""
+
+    seed: int = 0
+    """The start of every random sequence: initial weights, order of samples, dropout."""
+
+    num_epochs: int = 12
+    """How often every sample is learned from; of ppo, see ppo.total_steps."""
+
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """The data type of parameters and arithmetic; bf16: parameters in float32, and layers that gain by it in bfloat16
+    (torch.autocast)."""
+
+    log_interval: int = 100
+    """Updates between two log lines; each costs one reduction over the ranks."""
+
+    quiet: bool = False
+    """Print the result and what goes wrong, and nothing else."""
+
+    loggers: str = "tensorboard"
+    """Where the curves go beside metrics.jsonl: of tensorboard, csv and mlflow those wanted, with commas between them;
+    none: nowhere else."""
+
+    profile: str | None = None
+    """The updates to record in detail, such as 20-24: a trace for Perfetto, and a table of where the time went."""
+
+    evaluate_every: int | None = None
+    """Epochs between two evaluations, by default 1; of ppo, updates, by default 0; 0: only at the end."""
+
+    parallel: Literal["replicated", "zero1", "zero2", "zero3", "pipeline"] = "replicated"
+    """Where the model lives. replicated: whole, on every rank; zero1, zero2, zero3: the optimizer's state, and the
+    gradients, and the parameters in parts (Rajbhandari et al. 2020); pipeline: block by block, in stages."""
+
+    env: EnvSettings = field(default_factory=EnvSettings)
+    ppo: PpoSettings = field(default_factory=PpoSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    gradient: GradientSettings = field(default_factory=GradientSettings)
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    proof: ProofSettings = field(default_factory=ProofSettings)
+    stop: StopSettings = field(default_factory=StopSettings)
+    stall: StallSettings = field(default_factory=StallSettings)
+
+    def __post_init__(self) -> None:
+        check(self.run_dir != "", "run_dir", "empty", "leave it out, or name a new folder")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "it must lie in 0 ... 2^63 - 1")
+        check(self.num_epochs >= 0, "num_epochs", self.num_epochs, "it must not be negative")
+        check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")
+        every = self.evaluate_every
+        check(every is None or every >= 0, "evaluate_every", every, "it must not be negative")
+        scaled = self.optimizer.scale_learning_rate
+        check(
+            not scaled or self.data.batch_size_per_rank is not None,
+            "optimizer.scale_learning_rate",
+            scaled,
+            "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
+        )
+        parse_loggers(self.loggers)
+        if self.profile is not None:
+            parse_updates(self.profile)
+        self._check_parallel()
+        if self.task == "ppo":
+            self._check_ppo()
+
+    @property
+    def logger_names(self) -> list[str]:
+        return parse_loggers(self.loggers)
+
+    @property
+    def profiled_updates(self) -> range:
+        """Counted from 1."""
+        return parse_updates(self.profile) if self.profile else range(0)
+
+    def _check_parallel(self) -> None:
+        gradient, how = self.gradient, self.parallel
+        check(
+            not self.model.compile or how in ("replicated", "zero1"),
+            "model.compile",
+            True,
+            f"it does not go with {how}",
+        )
+        optimizer = self.optimizer.name
+        whole = optimizer not in ("lars", "lamb") or not how.startswith("zero")
+        check(whole, "optimizer.name", optimizer, f"it takes the norms of whole layers, which {how} cuts in parts")
+        for name, value, usual in (("reduction", gradient.reduction, "sum"), ("wire", gradient.wire, "full")):
+            fits = value == usual or how == "replicated" or (how == "pipeline" and name == "wire")
+            check(fits, f"gradient.{name}", value, f"it does not go with {how}")
+        check(
+            gradient.bucket_mib is None or not how.startswith("zero"),
+            "gradient.bucket_mib",
+            gradient.bucket_mib,
+            f"{how} sends gradients block by block",
+        )
+
+    def _check_ppo(self) -> None:
+        how, proof = self.parallel, self.proof
+        check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, with the whole model there")
+        check(proof.non_finite == "stop", "proof.non_finite", proof.non_finite, "of ppo's many steps some may be done")
+        check(not proof.ledger, "proof.ledger", proof.ledger, "ppo has no data set of which it could keep account")
+        check(self.model.name != "net", "model.name", "net", "ppo needs a policy: mlp or nature_cnn")

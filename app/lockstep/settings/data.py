@@ -1,0 +1,82 @@
+"""What is learned from."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.settings.check import check
+
+Augmentation = Literal["none", "shift", "crop_flip", "resized_crop"]
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is learned from, and how it is divided over the ranks."""
+
+    name: str = "digits"
+    """digits: 5,000 real ones that need no network; mnist, fashion_mnist, cifar10, cifar100: downloaded once;
+    image_folder: train/CLASS/*.jpg and val/CLASS/*.jpg in root, as ImageNet; synthetic: for speed tests; or a data set
+    of your own by its name, my_package.my_data."""
+
+    root: str = "data"
+    """Folder of the data; on a cluster, one that all nodes share."""
+
+    image_size: int | None = None
+    """Side of the images as the model takes them; by default their own, of image_folder 224."""
+
+    augmentation: Augmentation = "none"
+    """How images are changed before the model learns from them. shift: moved by up to an eighth; crop_flip: mirrored,
+    too, as is usual for CIFAR; resized_crop: a part of the image, mirrored, as is usual for ImageNet."""
+
+    mean: list[float] | None = None
+    """Subtracted from pixels 0 ... 1, by channel or one for all; by default what is usual for the data set."""
+
+    std: list[float] | None = None
+    """What pixels are then divided by, by channel or one for all."""
+
+    num_workers: int = 0
+    """Processes of each rank that read image_folder or a data set of your own ahead; 0: the rank does so itself."""
+
+    label_smoothing: float = 0.0
+    """The share of a label's probability that is spread evenly over all classes (Szegedy et al. 2016)."""
+
+    mixup: float = 0.0
+    """alpha: each image is mixed with its neighbour in the global batch, by a share from Beta(alpha, alpha) (Zhang et
+    al. 2018); 0: none."""
+
+    batch_size: int = 64
+    """Samples in one *global* batch, which is divided over all ranks."""
+
+    batch_size_per_rank: int | None = None
+    """The other way to say it: the global batch is this times the number of data shards, which are the ranks (of a
+    pipeline: the replicas), and batch_size is ignored."""
+
+    sharding: Literal["contiguous", "random", "hash"] = "contiguous"
+    """How the samples of a global batch are dealt to the ranks."""
+
+    num_samples: int = 4096
+    """Samples of the synthetic data set."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "it must be at least 1")
+        per_rank = self.batch_size_per_rank
+        check(per_rank is None or per_rank >= 1, "data.batch_size_per_rank", per_rank, "it must be at least 1")
+        known = self.name in NAMES or "." in self.name
+        check(known, "data.name", self.name, f"{', '.join(NAMES)}, or a data set of your own, my_package.my_data")
+        size, workers = self.image_size, self.num_workers
+        check(size is None or size >= 1, "data.image_size", size, "it must be at least 1")
+        check(workers >= 0, "data.num_workers", workers, "it must not be negative")
+        smoothing = self.label_smoothing
+        check(0 <= smoothing < 1, "data.label_smoothing", smoothing, "it must be at least 0 and below 1")
+        check(
+            math.isfinite(self.mixup) and self.mixup >= 0, "data.mixup", self.mixup, "it must be finite, not negative"
+        )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            check(value is None or len(value) in (1, 3), f"data.{name}", value, "one number, or one for each channel")
+        check(self.std is None or min(self.std) > 0, "data.std", self.std, "it must be above 0")
+        check(self.num_samples >= 1, "data.num_samples", self.num_samples, "it must be at least 1")
+
+    def global_batch_size(self, num_ranks: int) -> int:
+        return self.batch_size if self.batch_size_per_rank is None else self.batch_size_per_rank * num_ranks

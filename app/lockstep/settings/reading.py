@@ -1,0 +1,297 @@
+"""How settings are read and saved.
+
+They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_SEED`,
+`LOCKSTEP_DATA__NAME`), a YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
+"""
+
+import os
+import shlex
+import sys
+from argparse import SUPPRESS
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in its __all__
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    set_parsing_settings,
+)
+
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.hints import in_environment, this_program
+from lockstep.settings import Settings
+from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_code, read_source
+
+PRESETS = Path(__file__).parent / "presets"
+ENVIRONMENT_PREFIX = "LOCKSTEP"
+OTHER_VARIABLES = {  # of env/ and slurm/
+    f"LOCKSTEP_{name}"
+    for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PREFIX", "PYTHON", "SITE_TORCH", "VENV")
+}
+OLD_PRESETS = {"seed": "reference"}  # for one more release
+COMMANDS = {"config", "help", "print_config", "trust"}  # on the command line only
+DEFAULT_RUN = Path("runs/latest")
+SETTINGS_FILE = "settings.yaml"
+TRAINS = "Trains synchronously over every rank of the job, then merges the model on rank 0."
+
+GROUPS = {"model.vit", *(item.name for item in fields(Settings) if is_dataclass(item.type))}
+T = TypeVar("T")
+
+NO_FILE_NAME = "\n#" + 300 * "-"  # behind a text, which then is longer than a file's name can be
+
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True,
+    import_path_denylist=["*"],  # a `class_path` in a value would be imported
+    instantiate_subclass_spec_in_any=False,
+)
+
+
+class _Parser(ArgumentParser):
+    """Remembers the files that it has read."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sources: list[Source] = []
+
+    def read(self, path: Path) -> str:
+        """A settings file, which says all that it says itself.
+
+        Raises:
+            TypeError: it is no such file, or names another one.
+            SettingsError: it is nobody's word.
+        """
+        source = read_source(path)
+        try:
+            content = yaml.safe_load(source.text)
+        except yaml.YAMLError as error:
+            raise TypeError(f"{path} is no settings file: {error}") from error
+        if not isinstance(content, Mapping):
+            raise TypeError(f"{path} is no settings file: it must hold names and values")
+        for name, value in _with_groups(content):
+            if name in COMMANDS:
+                raise TypeError(f"{path} gives {name}, which is for the command line only")
+            if name in GROUPS and isinstance(value, str):
+                raise TypeError(f"{path} gives {name} as {value}: it must say itself what is in that group")
+        self.sources.append(source)
+        return source.text + NO_FILE_NAME
+
+    def check_trust(self, settings: Settings, typed: Sequence[str], trust: bool) -> None:
+        """What of the names of code in `settings` a file has given, and nobody typed, must be trusted.
+
+        Raises:
+            SettingsError: it is not.
+        """
+        effective = _names_of_code(settings)
+        for source in dict.fromkeys(self.sources):  # those of a resume are read twice
+            # What it says alone; each option counts, for options of several sources may be merged.
+            given = names_of_code(_parser(default_env=False).parse_string(source.text + NO_FILE_NAME))
+            theirs = {
+                setting: those
+                for setting, names in given.items()
+                if (
+                    those := [
+                        name
+                        for name in names
+                        if name in effective.get(setting, ()) and not _is_typed(setting, name, typed)
+                    ]
+                )
+            }
+            if warning := check_trust(source, theirs, trust):
+                print(f"lockstep: warning: {warning}", file=sys.stderr, flush=True)
+
+
+class _PresetOrFile(ActionConfigFile):
+    """`--config reference` names a preset, `--config some/file.yaml` a file."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
+        preset = PRESETS / f"{OLD_PRESETS.get(value, value)}.yaml"
+        if not Path(value).is_file() and not preset.is_file():
+            names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+            raise TypeError(f"there is no file {value!r} and no preset of that name (presets: {names})")
+        ActionConfigFile.apply_config(
+            parser, cfg, dest, parser.read(Path(value)) if Path(value).is_file() else str(preset)
+        )
+
+
+def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
+    """The settings that `args` (by default the command line) and the environment ask for, and whether to `--resume`.
+
+    A resumed run begins with the settings that it has saved in its folder; the environment, files and the command line
+    change them.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong.
+        SystemExit: for --help and --print_config.
+    """
+    args = sys.argv[1:] if args is None else args
+    parser = _parser(default_env=True)
+    parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
+    try:
+        _refuse_unknown_environment(parser)
+        _refuse_files_of_groups(args)
+        parsed = parser.parse_args(args)
+        run = parsed.run_dir or (str(DEFAULT_RUN.resolve()) if DEFAULT_RUN.exists() else None)
+        if parsed.resume and run:
+            _begin_with(parser, Path(parsed.run_dir or DEFAULT_RUN) / SETTINGS_FILE)  # by the link, whose it is counts
+            parsed = parser.parse_args(args)
+            parsed.run_dir = run
+        settings = _settings_of(parser.instantiate(parsed))
+        parser.check_trust(settings, args, parsed.get("trust", False))
+        return settings, parsed.resume
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        hint = _nearest_setting(parser, args)
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help()}") from error
+
+
+def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
+    """The settings in `args` and the environment, and the `options` (a dataclass) of a benchmark beside them.
+
+    Raises:
+        SettingsError: one of either is unknown or wrong.
+        SystemExit: for --help and --print_config.
+    """
+    parser = _parser(default_env=True, prog="lockstep benchmark", description=options.__doc__ or "")
+    parser.add_class_arguments(options)
+    try:
+        _refuse_unknown_environment(parser)
+        _refuse_files_of_groups(args)
+        parsed = parser.instantiate(parser.parse_args(args))
+        settings = _settings_of(parsed)
+        parser.check_trust(settings, args, parsed.get("trust", False))
+        return settings, options(**{name: parsed[name] for name in options.__annotations__})
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        hint = _nearest_setting(parser, args)
+        raise SettingsError(f"{error}{hint}\nAll settings: {_help(sys.argv[1])}") from error
+
+
+def load_settings(path: Path, trust: bool = False) -> Settings:
+    """The settings of an earlier run, from the file that it saved.
+
+    Args:
+        trust: the user has typed `--trust true`, or nothing that the settings name will be imported.
+
+    Raises:
+        SettingsError: the file is missing, or is not such a file, or names code and is not the user's word.
+    """
+    parser = _parser(default_env=False)
+    try:
+        settings = _settings_of(parser.instantiate(parser.parse_string(parser.read(path))))
+        parser.check_trust(settings, (), trust)
+        return settings
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """`settings` as YAML, such that `load_settings` and `--config` read them back."""
+    parser = _parser(default_env=False)
+    return str(parser.dump(parser.parse_object(asdict(settings))))
+
+
+def flat_settings(settings: Settings) -> dict[str, Any]:
+    """All of them by their full names, such as `optimizer.learning_rate`."""
+    return _flat(asdict(settings))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _parser(default_env: bool, prog: str = "app/train.py", description: str = TRAINS) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        default_env=default_env,
+        env_prefix=ENVIRONMENT_PREFIX,
+        exit_on_error=False,
+        allow_abbrev=False,  # a setting that is not written out is a mistake
+    )
+    parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset.")
+    parser.add_argument("--trust", type=bool, default=SUPPRESS, help=f"{HELP} (typed only).")
+    parser.add_class_arguments(Settings)
+    return parser
+
+
+def _begin_with(parser: _Parser, saved: Path) -> None:
+    """What `saved` gives, if it is there, becomes the defaults: the weakest of all sources."""
+    if saved.exists():
+        alone = _parser(default_env=False).parse_string(parser.read(saved))
+        parser.set_defaults({name: value for name, value in alone.items() if name not in COMMANDS})
+
+
+def _names_of_code(settings: Settings) -> dict[str, list[str]]:
+    of_both = {"model.options": settings.model.options, "env.options": settings.env.options}
+    return names_of_code(flat_settings(settings) | of_both)
+
+
+def _is_typed(setting: str, name: str, args: Sequence[str]) -> bool:
+    """The user has said so, on the command line or in the environment."""
+    pairs = zip(args, [*args[1:], ""], strict=False)
+    typed = any(arg == f"--{setting}={name}" or (arg, value) == (f"--{setting}", name) for arg, value in pairs)
+    return setting in NAMES and (typed or os.environ.get(_variable(setting)) == name)
+
+
+def _variable(setting: str) -> str:
+    return f"{ENVIRONMENT_PREFIX}_{setting.replace('.', '__').upper()}"
+
+
+def _with_groups(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every name in `content` and what it is, those of groups such as `data` included."""
+    for name, value in content.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from _with_groups(value, f"{prefix}{name}.")
+
+
+def _refuse_files_of_groups(args: Sequence[str]) -> None:
+    """Raises TypeError where a whole group of settings is named as a file, such as `--data FILE`: it would be read
+    without a look at whose it is.
+    """
+    typed = [arg[2:].partition("=") if arg.startswith("--") else ("", "", "") for arg in args]
+    values = [
+        (name, value if is_whole else following)
+        for (name, is_whole, value), following in zip(typed, [*args[1:], ""], strict=False)
+    ]
+    for name, value in [*values, *((group, os.environ.get(_variable(group), "{")) for group in GROUPS)]:
+        if name in GROUPS and not value.startswith("{"):
+            raise TypeError(f"{name} is {value}: a file of settings is read by --config alone")
+
+
+def _settings_of(namespace: Any) -> Settings:
+    return Settings(**{item.name: namespace[item.name] for item in fields(Settings)})
+
+
+def _refuse_unknown_environment(parser: ArgumentParser) -> None:
+    settings = set(_setting_names(parser)) - COMMANDS
+    known = {_variable(name) for name in settings}
+    for variable in sorted(os.environ):
+        if variable.startswith(f"{ENVIRONMENT_PREFIX}_") and variable not in known | OTHER_VARIABLES:
+            raise ValueError(f"unknown setting in the environment: {variable}")
+
+
+def _help(*kind: str) -> str:
+    return in_environment(shlex.join([*this_program(), *kind, "--help"]))
+
+
+def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:
+    """For each unknown option, the setting that was probably meant."""
+    names = _setting_names(parser)
+    hints = []
+    for option in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
+        if option not in names:
+            same_ending = [name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]]
+            hints += (same_ending or get_close_matches(option, names, n=1))[:1]
+    return f"\nDid you mean {', '.join('--' + name for name in hints)}?" if hints else ""
+
+
+def _setting_names(parser: ArgumentParser) -> list[str]:
+    return [*parser.get_defaults().keys(), *COMMANDS, *(item.name for item in fields(Settings))]

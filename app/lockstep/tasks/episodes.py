@@ -1,0 +1,109 @@
+"""Whole episodes by a policy that no longer learns."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lockstep.settings import EnvSettings
+from lockstep.tasks.environments import Environments
+
+AT_ONCE = 50  # environments of a rank
+EVALUATION = 2**30  # seeds of evaluations lie above those of training
+Generators = Sequence[np.random.Generator]
+Act = Callable[[Any, Generators], Any]
+"""Actions (n, ...) for observations (n, ...), with what each episode draws its random numbers from."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One, from its beginning to its end."""
+
+    seed: int
+    total_reward: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """How a policy has done.
+
+    Attributes:
+        episodes: in the order of their seeds.
+    """
+
+    episodes: tuple[Episode, ...]
+
+    @staticmethod
+    def of(ranks: Iterable[Sequence[Episode]]) -> "Episodes":
+        return Episodes(tuple(episode for of_rank in ranks for episode in of_rank))
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self._returns)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of one episode's return."""
+        return statistics.stdev(self._returns) if len(self.episodes) > 1 else 0.0
+
+    @property
+    def scores(self) -> dict[str, float]:
+        returns = self._returns
+        return {
+            "return": self.mean,
+            "return_std": self.spread,
+            "return_min": min(returns),
+            "return_max": max(returns),
+            "length": statistics.fmean(episode.length for episode in self.episodes),
+        }
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_episodes": len(self.episodes)}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"episodes": [asdict(episode) for episode in self.episodes]}
+
+    @property
+    def _returns(self) -> list[float]:
+        return [episode.total_reward for episode in self.episodes]
+
+    def __str__(self) -> str:
+        scores = self.scores
+        return (
+            f"Return: {self.mean:.2f} +- {self.spread:.2f} in {len(self.episodes)} episodes "
+            f"({scores['return_min']:.2f} ... {scores['return_max']:.2f}), of {scores['length']:.1f} steps on average"
+        )
+
+
+def play(act: Act, settings: EnvSettings, numbers: range) -> list[Episode]:
+    """The episodes with these `numbers`, each of which goes the same whichever others are played beside it.
+
+    Raises:
+        SettingsError: the environment cannot be made.
+    """
+    episodes: list[Episode] = []
+    for first in range(numbers.start, numbers.stop, AT_ONCE):
+        seeds = [EVALUATION + number for number in range(first, min(first + AT_ONCE, numbers.stop))]
+        with closing(Environments(settings, len(seeds))) as environments:
+            episodes += _play_at_once(act, environments, seeds)
+    return episodes
+
+
+def _play_at_once(act: Act, environments: Environments, seeds: Sequence[int]) -> list[Episode]:
+    """One episode of each environment: what it does after that does not count."""
+    observations, generators = environments.begin(seeds), [np.random.default_rng(seed) for seed in seeds]
+    running = np.ones(len(seeds), dtype=bool)
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)
+    while running.any():
+        step = environments.step(act(observations, generators))
+        observations = step.observations
+        returns[running] += step.rewards[running]
+        lengths[running] += 1
+        running &= ~(step.terminated | step.truncated)
+    return [Episode(*each) for each in zip(seeds, returns.tolist(), lengths.tolist(), strict=True)]

@@ -1,0 +1,300 @@
+"""The task of acting: proximal policy optimization (PPO, Schulman et al. 2017), over ranks as in DD-PPO (Wijmans et al.
+2020).
+
+Each update: T steps of every environment (rollout.py), advantages (equation 11), normalised over all ranks, then K
+epochs of minibatches, each one optimizer step along the exact mean gradient of
+
+    L^CLIP (equation 7)  -  c1 L^VF  +  c2 S  (equation 9)
+
+Minibatches are drawn environment by environment: each holds as many steps of every one, so that ranks with as many
+environments have equal shares, and which steps these are does not depend on the ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lockstep.comm.cluster import Cluster
+from lockstep.data.batch import Batch
+from lockstep.data.sharding import shard_bounds
+from lockstep.models.actions import build_actions
+from lockstep.models.policy import policy_blocks
+from lockstep.parallel.strategy import Strategy
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.seeding import seed_model, update_seed
+from lockstep.settings import Settings
+from lockstep.tasks.environments import Environments
+from lockstep.tasks.episodes import Episodes, Generators, play
+from lockstep.tasks.rollout import Rollout, Rollouts
+from lockstep.tasks.task import Forward, Task, evaluating
+
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
+KL = LOSSES.index("approx_kl")
+COUNT = len(LOSSES)  # where a tally has the number of samples; episodes come after it
+
+
+@dataclass(frozen=True)
+class Minibatch(Batch):
+    """Steps of this rank's environments.
+
+    Attributes:
+        actions: (n, ...).
+        log_probs: (n,) of the actions, before the update.
+        advantages: (n,) normalised.
+        returns: (n,) what the value function shall give.
+        values: (n,) what it gave before the update.
+    """
+
+    actions: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    returns: Tensor
+    values: Tensor
+
+
+class Ppo(Task):
+    """Acts in environments, and learns to act better."""
+
+    samples = "steps"
+    tally_size = len(LOSSES) + 1 + 3
+    curves = ("return", "policy_loss", "value_loss", "entropy")
+
+    def __init__(self, settings: Settings, cluster: Cluster) -> None:
+        """Collective.
+
+        Raises:
+            SettingsError: on every rank: the environments cannot be made, or there are fewer than ranks.
+        """
+        super().__init__(settings, cluster)
+        num_envs = settings.env.num_envs
+        if num_envs < cluster.size:
+            message = f"env.num_envs is {num_envs}: each of the {cluster.size} ranks needs one or more"
+            raise SettingsError(message).on_all_ranks()
+        if settings.ppo.preemption_threshold is not None:
+            cluster.require_mpi("ppo.preemption_threshold is set: ranks tell each other when they have finished")
+        start, stop = shard_bounds(num_envs, cluster.size)[cluster.rank : cluster.rank + 2]
+        self.environments = cluster.on_every_rank(lambda: Environments(settings.env, int(stop - start)))
+        self.actions = cluster.on_every_rank(lambda: build_actions(self.environments.action_space))
+        ppo = settings.ppo
+        weights = [1.0, ppo.value_coefficient, -ppo.entropy_coefficient]
+        self._weights = torch.tensor(weights, dtype=self.dtype, device=cluster.device)
+        self._shape: tuple[int, ...] = self.environments.observation_space.shape or ()
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """
+        Raises:
+            SettingsError: on every rank: the policy that is asked for does not fit the environment.
+        """
+        seed_model(self.settings.seed)
+        for name, block in policy_blocks(self.settings.model, self._shape, self.actions):
+            yield name, block.to(self.cluster.device, self.dtype).to(memory_format=self._layout)
+
+    def example_inputs(self, num_samples: int) -> Tensor:
+        return torch.zeros((num_samples, *self._shape), device=self.cluster.device)
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """(n, num_outputs + 1): what the distribution of actions takes, and the value."""
+        # In full, whatever the layers compute in: the ratio of two likelihoods lives on their last digits.
+        return super().outputs(model, inputs.to(self.dtype)).to(self.dtype)
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_epochs(self) -> int:
+        """Updates."""
+        ppo = self.settings.ppo
+        return max(1, ppo.total_steps // (ppo.num_steps * self.settings.env.num_envs))
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.settings.evaluate_every or 0
+
+    def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> Rollouts:
+        assert strategy is not None
+        assert (shard_id, num_shards) == (self.cluster.rank, self.cluster.size)
+        forward = partial(self.outputs, strategy.model)
+        return Rollouts(
+            self.settings, self.cluster, self.environments, self.actions, strategy.model, forward, self.dtype
+        )
+
+    @override
+    def learn(
+        self, unit: Rollout, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Collective: K epochs; all ranks end early together, when the policy has gone further than `target_kl`."""
+        ppo = self.settings.ppo
+        with torch.no_grad():
+            whole = self._whole(unit)
+        orders = [
+            generator.permuted(np.tile(np.arange(len(unit.rewards)), (ppo.num_epochs, 1)), axis=1)
+            for generator in unit.generators
+        ]
+        tally = torch.zeros(self.tally_size, dtype=torch.float64, device=self.cluster.device)
+        tally[COUNT + 1 :] = unit.episodes
+        for epoch in range(ppo.num_epochs):
+            of_epoch = torch.zeros_like(tally[: COUNT + 1])
+            order = np.stack([of_env[epoch] for of_env in orders], axis=1)
+            for index, minibatch in enumerate(self._minibatches(whole, unit, order)):
+                step_seed = update_seed(seed, epoch, index)
+                of_epoch += strategy.update(minibatch, self, step_seed, before_step)
+            tally[: COUNT + 1] += of_epoch
+            if ppo.target_kl is not None:
+                sums = self.cluster.sum_(of_epoch, name="divergence")
+                if float(sums[KL]) > ppo.target_kl * float(sums[COUNT]):
+                    break
+        return tally
+
+    def _whole(self, unit: Rollout) -> Minibatch:
+        """Collective: all steps of the rollout, step by step and in it environment by environment."""
+        ppo = self.settings.ppo
+        distributions, values = _split(unit.outputs)
+        advantages = generalised_advantages(
+            unit.rewards, values, unit.next_values, unit.ends, ppo.gamma, ppo.gae_lambda
+        )
+        returns = (advantages + values).flatten()
+        actions = unit.actions.flatten(0, 1)
+        return Minibatch(
+            unit.observations.flatten(0, 1),
+            unit.global_size,
+            actions,
+            self.actions.log_prob_and_entropy(distributions.flatten(0, 1), actions)[0],
+            normalise(advantages.flatten(), self.cluster),
+            returns,
+            values.flatten(),
+        )
+
+    def _minibatches(self, whole: Minibatch, unit: Rollout, order: Any) -> Iterator[Minibatch]:
+        """
+        Args:
+            order: (T, n) the steps of each environment, shuffled.
+        """
+        num_minibatches = self.settings.ppo.num_minibatches
+        if num_minibatches == 1:
+            yield whole
+            return
+        num_envs = order.shape[1]
+        sizes = [
+            sum(len(piece) * envs for piece, envs in zip(pieces, unit.envs_of_ranks, strict=True))
+            for pieces in zip(
+                *(np.array_split(np.arange(steps), num_minibatches) for steps in unit.steps_of_ranks), strict=True
+            )
+        ]
+        for rows, global_size in zip(np.array_split(order, num_minibatches), sizes, strict=True):
+            chosen = torch.from_numpy((rows * num_envs + np.arange(num_envs)).ravel()).to(self.cluster.device)
+            yield whole.take(chosen, global_size)
+
+    def loss_sum(self, outputs: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Equation 9, to be minimised."""
+        ppo = self.settings.ppo
+        distributions, values = _split(outputs)
+        log_probs, entropy = self.actions.log_prob_and_entropy(distributions, batch.actions)
+        if ppo.entropy_coefficient == 0:
+            entropy = entropy.detach()  # a third of the backward pass of a small policy
+        log_ratio = log_probs - batch.log_probs
+        ratio = log_ratio.exp()
+        surrogate = torch.min(ratio * batch.advantages, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * batch.advantages)
+        value_loss = (values - batch.returns) ** 2
+        if ppo.clip_value is not None:
+            near = batch.values + (values - batch.values).clamp(-ppo.clip_value, ppo.clip_value)
+            value_loss = torch.max(value_loss, (near - batch.returns) ** 2)
+        sums = torch.stack([-surrogate, value_loss, entropy]).sum(1)
+        with torch.no_grad():
+            divergence = ratio - 1 - log_ratio  # of the old policy from the new one (Schulman 2020: k3)
+            clipped = ((ratio - 1).abs() > ppo.clip).to(ratio.dtype)
+            watched = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
+            tally = torch.cat([sums, watched]).double()
+        return self._weights @ sums, tally
+
+    def scores(self, tally: Sequence[float]) -> dict[str, float]:
+        count, (returns, lengths, num_episodes) = tally[COUNT], tally[COUNT + 1 :]
+        if not count:
+            return {}
+        means = {name: tally[index] / count for index, name in enumerate(LOSSES)}
+        if num_episodes:
+            means |= {"return": returns / num_episodes, "length": lengths / num_episodes, "episodes": num_episodes}
+        return means
+
+    @override
+    def line(self, epoch: int, unit: Rollout, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
+        episodes = f"{mean['return']:.2f} in {mean['episodes']:.0f} episodes" if "return" in mean else "no episode yet"
+        return f"Update: {epoch + 1}, Steps: {num_samples}, Return: {episodes}, Entropy: {mean['entropy']:.3f}"
+
+    @override
+    def must_stay(self, loader: Rollouts, num_shards: int) -> dict[str, Any]:
+        env = self.settings.env
+        return {
+            "env.id": env.id,
+            "env.options": env.options,
+            "env.num_envs": env.num_envs,
+            "env.frame_stack": env.frame_stack,
+            "env.sticky_actions": env.sticky_actions,
+            "ppo.num_steps": self.settings.ppo.num_steps,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Episodes:
+        """Collective: seeded episodes."""
+        env = self.settings.env
+        bounds = shard_bounds(env.num_evaluation_episodes, num_shards)
+
+        numbers = range(bounds[shard_id], bounds[shard_id + 1])
+        with evaluating(model):
+            mine = self.cluster.on_every_rank(lambda: play(partial(self.act, forward), env, numbers))
+        return Episodes.of(self.cluster.all_gather_object(mine))
+
+    @torch.no_grad()
+    def act(self, forward: Forward, observations: Any, generators: Generators) -> Any:
+        """Actions (n, ...) for `observations` (n, ...), as environments take and give them."""
+        self.cluster.recorder.beat()
+        outputs = forward(torch.from_numpy(observations).to(self.cluster.device))
+        assert outputs is not None
+        distributions, actions = _split(outputs)[0], self.actions
+        if self.settings.env.evaluation_actions == "likeliest":
+            return actions.for_environments(actions.mode(distributions))
+        noise = np.concatenate([actions.noise(generator, 1) for generator in generators])
+        return actions.for_environments(actions.sample(distributions, torch.from_numpy(noise).to(distributions)))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, ends: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Equation 11 (Schulman et al. 2016, equation 16), for (T, n) steps.
+
+    Args:
+        next_values: of the state that each step has led to, 0 if it was the last of all.
+        ends: an episode ends with the step: nothing of what comes after counts.
+    """
+    deltas = rewards + gamma * next_values - values
+    weights = gamma * gae_lambda * (~ends).to(deltas.dtype)
+    advantages = torch.empty_like(deltas)
+    after = torch.zeros_like(deltas[0])
+    for step in range(len(deltas) - 1, -1, -1):
+        after = torch.addcmul(deltas[step], weights[step], after, out=advantages[step])
+    return advantages
+
+
+def normalise(advantages: Tensor, cluster: Cluster) -> Tensor:
+    """Collective: `advantages` (n,) less their mean and over their standard deviation, both over all ranks, in which
+    every step counts once.
+    """
+    exact = advantages.double()
+    sums = torch.stack([exact.sum(), (exact**2).sum(), exact.new_tensor(len(exact))])
+    total, squares, count = cluster.sum_(sums, name="advantages").tolist()
+    mean = total / count
+    variance = max(0.0, squares / count - mean**2)
+    normalised: Tensor = (exact - mean) / (variance**0.5 + 1e-8)
+    return normalised.to(advantages.dtype)
+
+
+def _split(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a policy's outputs (..., k + 1): what distributions take (..., k), and values (...)."""
+    distributions, values = outputs.split([outputs.shape[-1] - 1, 1], dim=-1)
+    return distributions, values.squeeze(-1)

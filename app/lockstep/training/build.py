@@ -1,0 +1,86 @@
+"""Puts together what the settings ask for."""
+
+from lockstep.comm.cluster import Cluster
+from lockstep.parallel.pipeline import Pipeline
+from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.strategy import Strategy
+from lockstep.parallel.zero import Zero
+from lockstep.runtime.memory import give_freed_memory_back
+from lockstep.settings import Settings
+from lockstep.tasks.classify import Classify
+from lockstep.tasks.task import Task
+from lockstep.training.optim import build_optimizer
+from lockstep.training.position import Handover
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.trainer import Trainer
+
+
+def build_task(settings: Settings, cluster: Cluster) -> Task:
+    """Collective: what `settings` ask to be learned.
+
+    Raises:
+        DataError, SettingsError: on every rank: what it learns from is missing on any, or cannot be used.
+    """
+    if settings.task == "ppo":
+        from lockstep.tasks.ppo import Ppo  # with Gymnasium, which takes its time
+
+        return Ppo(settings, cluster)
+    return Classify(settings, cluster)
+
+
+def build_trainer(
+    cluster: Cluster,
+    settings: Settings,
+    task: Task,
+    folder: RunFolder,
+    resume: bool = False,
+    handover: Handover | None = None,
+) -> Trainer:
+    """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
+
+    Args:
+        resume: go on from the last checkpoint in `folder`.
+        handover: go on from this.
+
+    Raises:
+        SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
+        StorageError: on every rank: there are checkpoints, and none of them is whole.
+    """
+    layout = Layout.of(settings, cluster.rank, cluster.size)
+    strategy = build_strategy(cluster, settings, task, layout)
+    give_freed_memory_back()
+    return Trainer(cluster, settings, task, strategy, layout, folder, resume, handover)
+
+
+def build_strategy(cluster: Cluster, settings: Settings, task: Task, layout: Layout) -> Strategy:
+    """Collective.
+
+    Raises:
+        SettingsError: on every rank: the number of ranks or the model does not fit the settings.
+    """
+    if settings.parallel == "replicated":
+        model = task.build_model()
+        return Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
+    if settings.parallel == "pipeline":
+        whole = settings.data.global_batch_size(layout.num_replicas)
+        example = task.example_inputs(-(-whole // (layout.num_replicas * settings.gradient.num_micro_batches)))
+        return Pipeline(
+            task.model_blocks,
+            lambda model: build_optimizer(model, settings.optimizer),
+            cluster,
+            settings,
+            layout,
+            task,
+            example,
+        )
+    zero = Zero(
+        task.model_blocks(),
+        lambda model: build_optimizer(model, settings.optimizer),
+        cluster,
+        settings.gradient,
+        stage=int(settings.parallel.removeprefix("zero")),
+    )
+    if settings.model.compile:
+        zero.model.compile()
+    return zero

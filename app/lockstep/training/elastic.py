@@ -1,0 +1,160 @@
+"""What the workers of an elastic job hand on from one crew to the next: the run, and where it stands.
+
+An update is done or not done: whatever a lost worker breaks off has not touched the model, since gradients are summed
+before the optimizer's step. But some of those who are left may have received the whole sum, and have done the update,
+where others have not. All go on from the state of one that has done most: the model after exactly so many updates.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.comm.cluster import Cluster
+from lockstep.comm.elastic import CUT_SHORT
+from lockstep.comm.rendezvous import job_name
+from lockstep.runtime.errors import SettingsError, StorageError
+from lockstep.settings import Settings
+from lockstep.settings.reading import DEFAULT_RUN
+from lockstep.training.loggers import check_loggers
+from lockstep.training.position import Handover
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_logger import mark_after
+from lockstep.training.trainer import Trainer
+
+JOB = ".job"  # in the run folder: which elastic job it belongs to
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all workers agree on from the beginning."""
+
+    settings: Settings
+    resume: bool
+    folder: RunFolder
+    is_over: bool = False
+
+    @staticmethod
+    def open(settings: Settings, resume: bool, elastic: bool) -> "Run":
+        """On rank 0, where no worker knows of a run: one that begins; with `resume` one that goes on.
+
+        In an elastic job it may be that all who knew have been lost; then the folder tells.
+
+        Raises:
+            SettingsError: `run_dir` holds something already, or with `resume` nothing to go on with, or a finished run
+                that `settings` would change; or a logger's package is missing.
+            StorageError: the folder cannot be made or written.
+        """
+        check_loggers(settings.logger_names)  # before a folder is left behind
+        if not elastic:
+            folder = RunFolder.reopen(settings) if resume else RunFolder.create(settings)
+            return Run(settings, resume, folder, is_over=resume and folder.is_over(settings))
+        left = Path(settings.run_dir) if settings.run_dir else DEFAULT_RUN.resolve()
+        with contextlib.suppress(OSError):
+            if (left / JOB).read_text() == job_name():
+                return Run(settings, True, RunFolder(left))
+        run = Run.open(settings, resume, elastic=False)
+        if not run.is_over:
+            run.folder.write(JOB, job_name())
+        return run
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """Where one worker stands, without the tensors: its trainer's `position`, their shapes and types."""
+
+    position: dict[str, Any]
+    tally: list[float]
+    layout: dict[str, tuple[torch.Size, torch.dtype]]
+
+    @property
+    def step(self) -> int:
+        return int(self.position["progress"]["step"])
+
+
+class Relay:
+    """What this worker knows: nothing if it is new.
+
+    Attributes:
+        run: what it is at.
+        trainer: that of the last crew it was in.
+    """
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.trainer: Trainer | None = None
+
+    def run_of(self, cluster: Cluster) -> Run | None:
+        """Collective: the run that any worker knows; None if it has yet to begin."""
+        return next((run for run in cluster.all_gather_object(self.run) if run), None)
+
+    def take_over(self, cluster: Cluster) -> Handover | None:
+        """Collective: what the new crew goes on from; None if no worker has got as far as having a model."""
+        stands = cluster.all_gather_object(self._stand())
+        steps = [stand.step if stand else -1 for stand in stands]
+        leader = steps.index(max(steps))
+        stand = stands[leader]
+        if stand is None:
+            return None
+        if leader == cluster.rank and self.trainer:
+            tensors = {name: part.values for name, part in self.trainer.strategy.state().items()}
+        else:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stand.layout.items()}
+        if leader != 0:
+            cluster.broadcast_parameters(tensors, root=leader)  # rank 0 is where everybody else takes it from
+        run = self.run
+        assert run
+        counters = {
+            **stand.position,
+            "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, stand.step)),
+            # What the lost have counted since the last log line is lost with them.
+            "window_of_ranks": [other.tally if other else None for other in stands],
+        }
+        return Handover(tensors, stand.step, counters)
+
+    def leave(self) -> None:
+        """The crew is no more: what this worker still wrote is finished, or given up; then the model is as it was after
+        the last update that was done.
+        """
+        if self.trainer:
+            with contextlib.suppress(StorageError, *CUT_SHORT):
+                self.trainer.writer.wait()
+            self.trainer.strategy.forget_changes()
+
+    def _stand(self) -> _Stand | None:
+        if self.trainer is None:
+            return None
+        state = self.trainer.strategy.state()
+        layout = {name: (part.values.shape, part.values.dtype) for name, part in state.items()}
+        return _Stand(self.trainer.position(), self.trainer.window.tally(), layout)
+
+
+def check_elastic(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: on every rank: the run would mean something else when workers come and go.
+    """
+    data, proof = settings.data, settings.proof
+    refused = {
+        "task is ppo, of which an update is many steps, not one that is done or not done: use mpirun": (
+            settings.task == "ppo"
+        ),
+        f"parallel is {settings.parallel}: a lost worker would take its part of the model with it; use replicated": (
+            settings.parallel != "replicated"
+        ),
+        "gradient.reduction is adasum, which means something else on every number of ranks: use sum": (
+            settings.gradient.reduction != "sum"
+        ),
+        "data.batch_size_per_rank is set, and the global batch must stay when ranks come and go: use data.batch_size": (
+            data.batch_size_per_rank is not None
+        ),
+        "profile is set, and the ranks whose updates are recorded may come and go: use mpirun": bool(settings.profile),
+        "proof.non_finite is skip, and the ledger is written before an update is known to be skipped: use stop": (
+            proof.ledger and proof.non_finite == "skip"
+        ),
+    }
+    for why, is_so in refused.items():
+        if is_so:
+            raise SettingsError(f"this job is elastic, and {why}").on_all_ranks()

@@ -1,0 +1,43 @@
+"""Loss and the like as exact sums: kept on the device update by update, reduced over the ranks once a log line."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lockstep.comm.cluster import Cluster
+
+
+class Window:
+    """A task's tallies of the updates since the last log line."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._total = torch.zeros(size, dtype=torch.float64, device=device)
+        self._last = self._total.clone()
+
+    def add(self, tally: Tensor) -> None:
+        """`tally` (size,) float64 of one update on this rank. No collective, no wait for the device."""
+        self._total += tally
+        self._last = tally
+
+    def tally(self) -> list[float]:
+        """This rank's part since the last reduction, to go on from."""
+        return [float(value) for value in self._total.tolist()]
+
+    def restore(self, tallies: Sequence[Sequence[float] | None], cluster: Cluster) -> None:
+        """Go on from the tallies of all ranks of the run before: each takes its own, or rank 0 takes the sum; None
+        stands for a rank that has none.
+        """
+        nothing = [0.0] * len(self._total)
+        known = [tally or nothing for tally in tallies]
+        if len(known) == cluster.size:
+            mine = known[cluster.rank]
+        else:
+            mine = [sum(column) for column in zip(*known, strict=True)] if cluster.is_root else nothing
+        self._total.copy_(torch.tensor(mine, dtype=torch.float64))
+
+    def reduce(self, cluster: Cluster) -> tuple[list[float], list[float]]:
+        """Collective: the sums over all ranks and all updates since the last call, and over the last of them alone."""
+        total, last = cluster.sum_(torch.stack([self._total, self._last]), name="window").cpu()
+        self._total.zero_()
+        return total.tolist(), last.tolist()

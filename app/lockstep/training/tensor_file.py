@@ -1,0 +1,79 @@
+"""Writes a safetensors file tensor by tensor, so that it may be larger than memory. (The library needs all of it.)
+
+The format: 8 bytes, the header's length; the header, JSON, each tensor's type, shape and place; then the tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lockstep.data.sharding import content_hash
+from lockstep.parallel.merge import digest_of_hashes
+
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+NO_DIGEST = "0" * 64
+
+
+class TensorFileWriter:
+    """Use as a context manager; `write` every tensor of `like`, in any order.
+
+    The file's header gets the `state_digest` of what was written.
+
+    Attributes:
+        digest: that digest, once all is written.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
+        """`like` gives names, shapes and data types."""
+        header: dict[str, object] = {"__metadata__": {"digest": NO_DIGEST, "format": "pt"}}
+        self._places: dict[str, int] = {}
+        end = 0
+        for name, tensor in like.items():
+            start, end = end, end + tensor.nbytes
+            self._places[name] = start
+            place = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[name] = place
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._digest_at = 8 + encoded.index(NO_DIGEST.encode())
+        self._like = like
+        self._hashes: dict[str, str] = {}
+        self.digest = NO_DIGEST
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        like = self._like[name]
+        assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
+        self._hashes[name] = content_hash(tensor)
+        self._file.seek(self._start + self._places[name])
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is None:
+                assert self._hashes.keys() == self._like.keys()
+                self.digest = digest_of_hashes(self._hashes)
+                self._file.seek(self._digest_at)
+                self._file.write(self.digest.encode())

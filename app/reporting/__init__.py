@@ -1,1 +1,0 @@
-"""What app/report.py puts on its page."""

@@ -1,0 +1,46 @@
+"""The whole build, from nothing, as an ordinary user and on the system's own Python: several minutes, 3 GB to fetch."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.launch.env.test_readme import TRAIN
+from tests.launching import ROOT, launch
+
+SYSTEM = Path("/usr/bin/python3")
+NOBODY = 65534
+KEPT = ("PIP_", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT")
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(3300)
+@pytest.mark.skipif(not SYSTEM.exists(), reason=f"there is no {SYSTEM}")
+def test_the_first_command_from_a_fresh_clone_as_an_ordinary_user() -> None:
+    """Nothing is there that root or an earlier build has made: no home, no cache, no module, no Python but Debian's."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-first-") as name:  # which, unlike pytest's, others may enter
+        folder = Path(name)
+        clone = folder / "a clone"
+        subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, clone], check=True)
+        (folder / "home").mkdir()
+        folder.chmod(0o755)
+        as_nobody: list[str] = []
+        if os.geteuid() == 0:
+            as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        kept = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(KEPT)]
+        variables = [f"HOME={folder}/home", "PATH=/usr/local/bin:/usr/bin:/bin", f"LOCKSTEP_PYTHON={SYSTEM}"]
+        command = ["env", "-i", *kept, *variables, f"LOCKSTEP_CACHE={folder}/cache", *as_nobody, *TRAIN.split()]
+        done = launch(command, timeout_seconds=3000, cwd=clone)
+        assert done.returncode == 0, done.output
+        assert "env/setup stopped" not in done.stderr
+        assert "[6/6]" in done.stderr
+        assert "Accuracy: 0.9" in done.stdout
+        built_on = (clone / ".venv" / "lockstep.sh").read_text()
+        assert f"lockstep_python={SYSTEM}" in built_on
+        assert len(list((folder / "cache" / "wheels").glob("horovod-*/*.whl"))) == 1, "it was compiled here"
+        shutil.rmtree(clone / ".venv")

@@ -1,0 +1,25 @@
+"""Exactness does not depend on the CPU: the same tests with other kernels and numbers of threads."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.launching import launch
+
+FILES = "tests/parallel/training/test_exactness.py tests/parallel/parallel/test_zero.py"
+CHOSEN = "test_adam_too or test_any_model_and_elementwise_optimizer"  # adaptive ones enlarge what is rounding alone
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("num_threads", ["1", "2"])
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_adaptive_optimizers_are_exact_with_other_kernels(capability: str, num_threads: str) -> None:
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this CPU has no AVX2")
+    finished = launch(
+        f'{sys.executable} -m pytest -q -p no:cacheprovider {FILES} -k "{CHOSEN}"',
+        timeout_seconds=600,
+        environment={"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": num_threads},
+    )
+    assert finished.returncode == 0, finished.output[-4000:]

@@ -1,0 +1,179 @@
+"""Runs that are really killed, and go on: with the README's commands, through kills and other numbers of ranks."""
+
+import hashlib
+import json
+import shlex
+import time
+from pathlib import Path
+
+import psutil
+
+from lockstep.training.checkpoint import list_checkpoints
+from tests.launching import ENVIRONMENT, ROOT, launch, running
+
+TRAIN = ROOT / "app" / "train.py"
+LAUNCH = f"horovodrun -np 2 python {shlex.quote(str(TRAIN))}"
+SHORT = "--num_epochs 2 --checkpoint.interval 20"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
+    """SIGKILL to every rank once the first checkpoint is there: in mid-epoch, updates behind it are lost."""
+    process = psutil.Popen(shlex.split(command), cwd=cwd, env=ENVIRONMENT, stdout=-3, stderr=-3, stdin=-3)
+    deadline = time.monotonic() + 120
+    try:
+        while not list_checkpoints(run):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+    finally:
+        ranks = running(process, TRAIN)
+        for rank in ranks:
+            rank.kill()
+        psutil.wait_procs([*ranks, process], timeout=30)
+        assert not process.is_running()
+    assert len(ranks) == 2
+
+
+def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) -> None:
+    never = launch(f"{LAUNCH} {SHORT} --run_dir never", cwd=tmp_path)
+    assert never.returncode == 0, never.output
+    _kill_after_a_checkpoint(f"{LAUNCH} {SHORT} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    checkpoint = list_checkpoints(tmp_path / "stopped")[-1]
+    resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert f"Goes on after update {int(checkpoint.name)}" in resumed.stdout
+    assert _sha256(tmp_path / "stopped" / "model.safetensors") == _sha256(tmp_path / "never" / "model.safetensors")
+    metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("stopped", "never")]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path: Path) -> None:
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
+    assert launch(f"{train} {quick} --num_epochs 2", cwd=tmp_path).returncode == 0
+    model = _sha256(tmp_path / "run" / "model.safetensors")
+    last = list_checkpoints(tmp_path / "run")[-1] / "rank00000-00000.safetensors"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    (tmp_path / "run" / "summary.json").unlink()  # killed before it was through
+    verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
+    verified = launch(verify, cwd=tmp_path)
+    assert verified.returncode == 5
+    assert "rank00000-00000.safetensors was altered" in verified.stdout
+    resumed = launch(f"{train} --resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert "skipped: " in resumed.stdout
+    assert "Goes on after update 6" in resumed.stdout
+    assert _sha256(tmp_path / "run" / "model.safetensors") == model
+    verified = launch(verify, cwd=tmp_path)
+    assert verified.returncode == 0, verified.output
+
+
+def test_a_run_that_never_began_begins(tmp_path: Path) -> None:
+    """What a job script says each time it is started: go on, if there is something to go on from."""
+    (tmp_path / "run").mkdir()
+    finished = launch(
+        f"python {shlex.quote(str(TRAIN))} --resume --run_dir run --data.name synthetic --data.num_samples 32",
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.output
+    assert "no checkpoint yet: the run begins at update 0" in finished.stdout
+
+
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path: Path) -> None:
+    for where in ("--run_dir run", ""):
+        finished = launch(f"python {shlex.quote(str(TRAIN))} --resume {where}", cwd=tmp_path)
+        assert finished.returncode == 2, finished.output
+        assert "there is no such folder" in finished.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None:
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
+    assert launch(f"{train} {quick} --num_epochs 1 --proof.ledger true", cwd=tmp_path).returncode == 0
+    run = tmp_path / "run"
+    before = _contents(run)
+    refused = launch(f"{train} --resume --optimizer.learning_rate 0.3", cwd=tmp_path)
+    assert refused.returncode == 2, refused.output
+    assert "run is finished, and optimizer.learning_rate is 0.3 and was 0.05" in refused.stderr
+    refused = launch(f"{train} --resume --num_epochs 2 --seed 7", cwd=tmp_path)
+    assert refused.returncode == 2, refused.output
+    assert "seed is 7 and was 0: a run that goes on cannot change it" in refused.stderr
+    assert _contents(run) == before
+    over = launch(f"{train.replace('-np 2', '-np 1')} --resume", cwd=tmp_path)
+    assert over.returncode == 0, over.output
+    assert "is finished: nothing is left to do" in over.stdout
+    assert _contents(run) == before
+    longer = launch(f"{train} --resume --num_epochs 2 --optimizer.learning_rate 0.01", cwd=tmp_path)
+    assert longer.returncode == 0, longer.output
+    first, second = (json.loads(line) for line in (run / "settings.history.jsonl").read_text().splitlines())
+    assert (first["update"], first["num_ranks"], first["changed"]) == (0, 2, {})
+    assert (second["update"], second["num_ranks"]) == (4, 2)
+    assert second["changed"] == {"num_epochs": [1, 2], "optimizer.learning_rate": [0.05, 0.01]}
+    verify = f"python {shlex.quote(str(ROOT / 'app' / 'verify.py'))} run"
+    assert launch(verify, cwd=tmp_path).returncode == 0
+    for file in run.glob("ledger/*"):
+        file.write_bytes(file.read_bytes()[:8])
+    cut = launch(verify, cwd=tmp_path)
+    assert cut.returncode == 5, cut.output
+    assert "ledger: NOT whole: updates 1 ... 4 are missing" in cut.stdout
+    for file in run.glob("ledger/*"):
+        file.unlink()
+    gone = launch(verify, cwd=tmp_path)
+    assert gone.returncode == 5, gone.output
+    assert "ledger: GONE" in gone.stdout
+
+
+def test_a_certificate_without_a_kill_is_refused() -> None:
+    for ranks in ("1", "2", "2,0", "two"):
+        finished = launch(f"lockstep verify --resume --ranks {ranks}")
+        assert finished.returncode == 2, finished.output
+        assert "two or more numbers of ranks" in finished.stderr
+
+
+def test_the_certificate_on_the_same_number_of_ranks() -> None:
+    finished = launch("lockstep verify --resume --ranks 2,2", timeout_seconds=400)
+    assert finished.returncode == 0, finished.output
+    assert "CERTIFIED: identical" in finished.stdout
+    assert finished.stdout.count(" identical\n") == 5
+
+
+def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> None:
+    small = (
+        "--model.name vit --model.vit.width 32 --model.vit.depth 1 --model.vit.num_heads 2 --model.vit.patch_size 14"
+    )
+    finished = launch(f"lockstep verify --resume --ranks 2,2,3,1 -- {small}", timeout_seconds=600)
+    assert finished.returncode == 0, finished.output
+    assert "CERTIFIED: equal within 1e-09" in finished.stdout
+    assert finished.stdout.count("killed: ") == 3
+    assert "each sample exactly once" in finished.stdout
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    """A limit of 2 MB on the size of files lets everything pass but a checkpoint, as a nearly full disk does."""
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run {SHORT}"
+    finished = launch(f"ulimit -f 2000; {train}", cwd=tmp_path)
+    assert finished.returncode == 5, finished.output
+    assert finished.stderr.count("lockstep: ") == 1
+    assert "Traceback" not in finished.output
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_two_deterministic_runs_give_identical_bits(tmp_path: Path) -> None:
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --proof.deterministic true"
+    for run in ("first", "second"):
+        train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir {run} --num_epochs 2 {quick}"
+        assert launch(train, cwd=tmp_path).returncode == 0
+    assert _sha256(tmp_path / "first" / "model.safetensors") == _sha256(tmp_path / "second" / "model.safetensors")

@@ -1,0 +1,48 @@
+"""Which settings an elastic job refuses; how one knows its own folder again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lockstep.runtime.errors import SettingsError
+from lockstep.settings import DataSettings, GradientSettings, ProofSettings, Settings
+from lockstep.training.elastic import Run, check_elastic
+
+SETTINGS = Settings(data=DataSettings(name="synthetic", num_samples=40, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (replace(SETTINGS, parallel="zero3"), "parallel is zero3"),
+        (replace(SETTINGS, gradient=GradientSettings(reduction="adasum")), "adasum"),
+        (replace(SETTINGS, data=DataSettings(batch_size_per_rank=8)), "use data.batch_size"),
+        (replace(SETTINGS, proof=ProofSettings(ledger=True, non_finite="skip")), "proof.non_finite is skip"),
+    ],
+)
+def test_what_means_something_else_when_workers_come_and_go_is_refused(settings: Settings, why: str) -> None:
+    with pytest.raises(SettingsError, match=why) as refused:
+        check_elastic(settings)
+    assert refused.value.shared
+    check_elastic(SETTINGS)
+    check_elastic(replace(SETTINGS, proof=ProofSettings(ledger=True)))
+
+
+def test_when_all_who_knew_are_lost_the_folder_tells_what_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "4711")
+    monkeypatch.chdir(tmp_path)
+    for settings in (SETTINGS, replace(SETTINGS, run_dir="run")):
+        first = Run.open(settings, resume=False, elastic=True)
+        assert not first.resume
+        second = Run.open(settings, resume=False, elastic=True)
+        assert second.resume
+        assert second.folder.path.samefile(first.folder.path)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "4712")  # another job
+    with pytest.raises(SettingsError, match="not empty"):
+        Run.open(replace(SETTINGS, run_dir="run"), resume=False, elastic=True)
+    assert Run.open(replace(SETTINGS, run_dir="run"), resume=True, elastic=True).resume
+    assert not Run.open(SETTINGS, resume=False, elastic=True).resume

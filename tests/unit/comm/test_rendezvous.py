@@ -1,0 +1,147 @@
+"""How workers meet, at Horovod's real rendezvous server."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from horovod.runner.common.util import secret
+from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+from lockstep.comm import rendezvous
+from lockstep.comm.rendezvous import call_off, find_place, is_elastic, place_is_known, seconds_to_meet
+
+SIZE = 3
+
+
+class _Driver(RendezvousHandler):  # type: ignore[misc]
+    """Gives places as the elastic driver does: each time the next of `answers`."""
+
+    answers: tuple[str, ...] = ()
+    num_asked = 0
+
+    def _get_value(self, scope: str, key: str) -> bytes | None:
+        if scope != "rank_and_size":
+            value: bytes | None = super()._get_value(scope, key)
+            return value
+        assert key == "node7:1"
+        answer = _Driver.answers[_Driver.num_asked]
+        _Driver.num_asked += 1
+        with self.server.cache_lock:
+            self.server.cache.clear()  # as with each new assignment
+        return answer.encode()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RendezvousHTTPServer]:
+    """This process is rank 1 of three."""
+    _Driver.answers, _Driver.num_asked = (), 0
+    server = RendezvousHTTPServer(("127.0.0.1", 0), _Driver, 0)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    variables = {
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
+        "HOROVOD_JOB_SECRET": "0123456789abcdef",
+        "HOROVOD_HOSTNAME": "node7",
+        "HOROVOD_ELASTIC": "1",
+        "HOROVOD_RANK": "1",
+        "HOROVOD_SIZE": str(SIZE),
+        "HOROVOD_LOCAL_RANK": "1",
+        "HOROVOD_LOCAL_SIZE": "2",
+        "HOROVOD_CROSS_RANK": "0",
+        "HOROVOD_CROSS_SIZE": "2",
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "1",
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rendezvous, "SECONDS_TO_ANSWER", 1.0)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def _others_say(server: RendezvousHTTPServer, *words: str) -> None:
+    said = {f"{word}{rank}": b"yes" for word in words for rank in range(SIZE) if rank != 1}
+    server.cache.setdefault("lockstep", {}).update(said)
+
+
+def test_it_has_met_when_all_are_here_and_ready(server: RendezvousHTTPServer) -> None:
+    _others_say(server, "here", "ready")
+    find_place()
+    assert {"here1", "ready1"} <= set(server.cache["lockstep"])
+    assert _Driver.num_asked == 0
+
+
+@pytest.mark.parametrize("words", [(), ("here",)], ids=["one does not come", "one dies while it waits"])
+def test_without_those_who_do_not_come_all_meet_again(
+    words: tuple[str, ...], server: RendezvousHTTPServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _others_say(server, *words)
+    _Driver.answers = ("0,1,1,1,0,1",)
+    find_place()
+    assert "rank 0 did not come" in capsys.readouterr().err
+    assert (os.environ["HOROVOD_RANK"], os.environ["HOROVOD_SIZE"]) == ("0", "1")
+
+
+def test_it_does_not_wait_when_another_one_meets_again(
+    server: RendezvousHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "60")
+    server.cache["lockstep"] = {"again": b"yes"}
+    _Driver.answers = ("0,1,1,1,0,1",)
+    started = time.monotonic()
+    find_place()
+    assert time.monotonic() - started < 30
+    assert _Driver.num_asked == 1
+
+
+@pytest.mark.usefixtures("server")
+def test_a_worker_without_a_place_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    _Driver.answers = ("-1,-1,-1,-1,-1,-1",)
+    with pytest.raises(SystemExit) as left:
+        find_place(asks=True)
+    assert left.value.code == 75
+    assert "goes on without this worker: node7[1]" in capsys.readouterr().err
+
+
+def test_nobody_goes_on_with_a_run_that_was_called_off(server: RendezvousHTTPServer) -> None:
+    _others_say(server, "here")
+    call_off(5)
+    with pytest.raises(SystemExit) as left:
+        find_place()
+    assert left.value.code == 5
+    assert _Driver.num_asked == 0
+
+
+@pytest.mark.usefixtures("server")
+def test_an_answer_that_is_no_place_is_an_error() -> None:
+    _Driver.answers = ("nonsense",)
+    with pytest.raises(ConnectionError, match="nonsense"):
+        find_place(asks=True)
+
+
+@pytest.mark.usefixtures("server")
+def test_nobody_is_heard_without_the_secret_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's own is read when it is asked: here a request is on its way when it changes."""
+    compare = secret.is_job_secret
+    monkeypatch.setattr(secret, "is_job_secret", lambda given: compare(f"{given}x"))
+    with pytest.raises(ConnectionError, match="does not take this process for one of its job"):
+        find_place(asks=True)
+    assert _Driver.num_asked == 0
+
+
+@pytest.mark.usefixtures("server")
+def test_horovod_does_not_ask_where_the_place_is_known() -> None:
+    assert is_elastic()
+    with place_is_known():
+        assert not is_elastic()
+    assert is_elastic()
+
+
+def test_how_long_to_wait_is_horovods_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOROVOD_GLOO_TIMEOUT_SECONDS", raising=False)
+    assert seconds_to_meet() == 60
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "200")
+    assert seconds_to_meet() == 200

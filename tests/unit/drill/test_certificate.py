@@ -1,0 +1,24 @@
+"""What is certified must have been compared, and must be numbers."""
+
+import pytest
+import torch
+
+from lockstep.drill.certificate import _check_finite, _compare_tensors
+from lockstep.runtime.errors import LockstepError, NonFiniteError
+
+STATE = {"model/weight": torch.ones(3), "optimizer/step": torch.tensor(4)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_no_numbers_is_not_certified(value: float) -> None:
+    _check_finite(STATE)
+    with pytest.raises(NonFiniteError, match="model/weight is infinite or not a number"):
+        _check_finite({**STATE, "model/weight": torch.tensor([1.0, value])})
+    with pytest.raises(LockstepError, match="holds no model"):
+        _check_finite({"optimizer/step": STATE["optimizer/step"]})
+
+
+def test_tensors_that_are_missing_differ() -> None:
+    assert _compare_tensors("model", STATE, STATE, same=False)
+    assert not _compare_tensors("model", STATE, {"model/weight": STATE["model/weight"]}, same=False)
+    assert not _compare_tensors("model", STATE, {**STATE, "model/weight": torch.full((3,), 1.001)}, same=False)

@@ -1,0 +1,157 @@
+"""What a run leaves behind, whole or not at all."""
+
+import contextlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.runtime.errors import ExitCode, SettingsError, StorageError
+from lockstep.settings import Settings
+from lockstep.training.plots import plot_curves, plot_mistakes
+from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_logger import RootJournal
+
+PNG_HEADER = b"\x89PNG\r\n"
+
+
+def test_a_run_without_a_name_gets_a_new_folder_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = RunFolder.create(Settings()), RunFolder.create(Settings())
+    assert first.path != second.path
+    assert Path("runs/latest").resolve() == second.path.resolve()
+    second.begin(Settings(seed=3, run_dir=str(second.path)), {})
+    assert second.load_settings() == Settings(seed=3)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    settings = Settings(run_dir=str(tmp_path / "run"))
+    RunFolder.create(settings).write("metrics.jsonl", "")
+    with pytest.raises(SettingsError, match="not empty") as caught:
+        RunFolder.create(settings)
+    assert caught.value.exit_code == ExitCode.SETTINGS
+
+
+def test_two_jobs_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(Settings(run_dir=str(tmp_path / "run")))
+    with folder.locked(), pytest.raises(StorageError, match="another job"), folder.locked():
+        pass
+    with folder.locked():
+        pass
+
+
+def test_the_lock_of_one_that_has_ended_is_waited_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with contextlib.ExitStack() as other:
+        other.enter_context(folder.locked())
+        threading.Timer(0.7, other.close).start()
+        started = time.monotonic()
+        with folder.locked(wait_seconds=30):
+            assert 0.5 < time.monotonic() - started < 30
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="must be yours") as caught:
+        RunFolder.create(Settings(run_dir=str(tmp_path / "file" / "run")))
+    assert caught.value.exit_code == ExitCode.STORAGE
+
+
+def _save(folder: RunFolder, state: dict[str, Tensor]) -> None:
+    with folder.model_writer(state) as writer:
+        for name in reversed(state):
+            writer.write(name, state[name])
+
+
+def test_a_model_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    state = {
+        "half": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+        "weight": torch.randn(4, 2, dtype=torch.float64).T,  # not contiguous
+    }
+    folder = RunFolder(tmp_path)
+    _save(folder, state)
+    loaded = RunFolder.open(tmp_path).load_model()
+    assert loaded.keys() == state.keys()
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in state.items()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_torn_model_and_a_missing_one_are_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no model"):
+        RunFolder.open(tmp_path)
+    _save(RunFolder(tmp_path), {"weight": torch.zeros(1000)})
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StorageError, match="altered"):
+        RunFolder.open(tmp_path).load_model()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(StorageError, match="torn"):
+        RunFolder.open(tmp_path).load_model()
+
+
+def test_a_write_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write("summary.json", "before")
+    with pytest.raises(UnicodeEncodeError):
+        folder.write("summary.json", "\ud800")
+    assert (tmp_path / "summary.json").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """/dev/full is a real full disk: every write to it fails with ENOSPC."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(StorageError, match="No space left"),
+        RootJournal(RunFolder(tmp_path), Settings(), num_updates=1) as journal,
+    ):
+        journal.record("train", 1, epoch=0, samples=64, loss=1.0, accuracy=0.5)
+
+
+def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
+        journal.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.25, learning_rate=0.125)
+        journal.record("held_out", 2, epoch=1, samples=128, loss=1.5, accuracy=0.75)
+        journal.advance(2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"kind": "train", "step": 1, "epoch": 0, "samples": 64, "loss": 2.5, "accuracy": 0.25, "learning_rate": 0.125},
+        {"kind": "held_out", "step": 2, "epoch": 1, "samples": 128, "loss": 1.5, "accuracy": 0.75},
+    ]
+    events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
+    assert all(tag in events for tag in (b"train/loss", b"train/accuracy", b"held_out/loss", b"held_out/accuracy"))
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", ("loss", "accuracy"), "images")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG_HEADER)
+
+
+def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
+    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
+        journal.record("held_out", 1, epoch=0, samples=64, loss=2.0, accuracy=0.5)
+        journal.record("held_out", 2, epoch=1, samples=128, loss=float("inf"), accuracy=0.5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", ("loss", "accuracy"), "images")
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 24])
+def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (num_images, 1, 28, 28), dtype=torch.uint8)
+    plot_mistakes(images, ["4 taken for 9"] * num_images, tmp_path / "mistakes.png", "mistakes")
+    assert (tmp_path / "mistakes.png").read_bytes().startswith(PNG_HEADER)
+
+
+def test_a_quiet_journal_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet, said in ((True, ""), (False, "Epoch: 0\n")):
+        (tmp_path / str(quiet)).mkdir()
+        with RootJournal(RunFolder(tmp_path / str(quiet)), Settings(quiet=quiet), num_updates=1) as journal:
+            journal.say("Epoch: 0")
+            journal.record("train", 1, epoch=0, samples=64, loss=2.0)
+        assert capsys.readouterr().out == said
+        assert '"loss": 2.0' in (tmp_path / str(quiet) / "metrics.jsonl").read_text()
