@@ -126,7 +126,8 @@ def _train(
             if stop is not None and _wait_for_checkpoint(process, run, stop):
                 delay = delays.uniform(0, MAX_DELAY_SECONDS)
                 time.sleep(delay)
-                while why_not_now() and process.poll() is None:
+                give_up = time.monotonic() + ATTEMPT_TIMEOUT_SECONDS
+                while why_not_now() and process.poll() is None and time.monotonic() < give_up:
                     time.sleep(0.005)
                 killed = _kill_ranks(process)
                 print(

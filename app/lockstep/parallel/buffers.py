@@ -33,16 +33,20 @@ class Buffers:
 
     @torch.no_grad()
     def forget_changes(self) -> None:
-        """What forward passes have changed since all ranks agreed on the buffers is undone. Waits for no rank."""
+        """Undo what forward passes have changed since all ranks agreed on the buffers. Waits for no rank."""
+        self._put_back()
+        for (module, name), (other, value) in zip(self._others, self._others_before, strict=True):
+            module._buffers[name] = other
+            if other is not None and value is not None and not torch.equal(other, value):  # constants may be expanded
+                other.copy_(value)
+
+    def _put_back(self) -> None:
+        """What is remembered of the persistent buffers becomes their content. Waits for no device."""
         for places, before in zip(self._places.values(), self._before, strict=True):
             buffers = [self._at(*place) for place in places]
             sizes = [buffer.numel() for buffer in buffers]
             for buffer, values in zip(buffers, before.split(sizes), strict=True):
                 buffer.copy_(values.view(buffer.shape))
-        for (module, name), (other, value) in zip(self._others, self._others_before, strict=True):
-            module._buffers[name] = other
-            if other is not None and value is not None and not torch.equal(other, value):  # constants may be expanded
-                other.copy_(value)
 
     @torch.no_grad()
     def agree(self, share: float) -> None:
@@ -63,7 +67,7 @@ class Buffers:
         for before, summed in zip(self._before, sums, strict=True):
             agreed = before.double() + summed
             before.copy_(agreed if before.is_floating_point() else agreed.round())
-        self.forget_changes()
+        self._put_back()
 
     @torch.no_grad()
     def _remember_others(self) -> None:
