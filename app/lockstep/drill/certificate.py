@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from lockstep.data.sharding import content_hash
 from lockstep.runtime.errors import LockstepError, NonFiniteError, ReplicasDifferError
 from lockstep.runtime.flight_recorder import FOLDER as RECORDER
-from lockstep.runtime.flight_recorder import read_heartbeats
+from lockstep.runtime.flight_recorder import Heartbeat, read_heartbeats
 from lockstep.settings.reading import SETTINGS_FILE, load_settings
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 from lockstep.training.position import Progress
@@ -42,7 +42,6 @@ SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --proof.ledger true
 SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
 ROUNDING = 1e-9  # of the largest element; float64 sums in another order, over all updates, momentum included
 ATTEMPT_TIMEOUT_SECONDS = 600
-MAX_DELAY_SECONDS = 0.6  # between a checkpoint and the kill: the updates of that time are lost
 
 
 def certify_resuming() -> None:
@@ -50,29 +49,38 @@ def certify_resuming() -> None:
     arguments = _parse_args()
     ranks: list[int] = arguments.ranks
     same = len(set(ranks)) == 1
-    delays = random.Random(arguments.seed)
+    moments = random.Random(arguments.seed)
     settings = shlex.split(SETTINGS if same else f"{SETTINGS} {SETTINGS_ACROSS}") + arguments.settings
     with TemporaryDirectory(prefix="lockstep-certificate-") as folder:
         never, stopped = Path(folder) / "never", Path(folder) / "stopped"
         print(f"the run that never stops: {ranks[0]} rank(s)", flush=True)
-        _train(arguments.launcher, ranks[0], never, settings, delays)
+        _train(arguments.launcher, ranks[0], never, settings)
         num_updates = _last(never).step
         updates_per_epoch = num_updates // load_settings(never / SETTINGS_FILE).num_epochs
         for index, num_ranks in enumerate(ranks):
-            stop = (index + 1) * num_updates // len(ranks) if index + 1 < len(ranks) else None
             again = ["--resume"] if index else []
-            _train(
-                arguments.launcher,
-                num_ranks,
-                stopped,
-                [*settings, *again],
-                delays,
-                stop,
-                lambda: _off_mid_epoch(stopped, num_updates, updates_per_epoch),
-            )
-            if stop is not None and (where := _off_mid_epoch(stopped, num_updates, updates_per_epoch)):
-                raise LockstepError(f"killed, but not in the midst of an epoch ({where}): try another --seed")
+            kill = None
+            if index + 1 < len(ranks):
+                earliest = (index + 1) * num_updates // len(ranks)
+                kill = Kill(earliest + moments.randrange(num_updates // (2 * len(ranks)) + 1), num_updates, updates_per_epoch)
+            _train(arguments.launcher, num_ranks, stopped, [*settings, *again], kill)
         _certify(never, stopped, same, len(ranks))
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A kill in mid-epoch, once `after` updates are done or, where that moment is none, as soon as one is."""
+
+    after: int
+    num_updates: int
+    updates_per_epoch: int
+
+    def is_now(self, beat: Heartbeat) -> bool:
+        """Whether this rank has done `after` updates, has some left to do, and is in the midst of an epoch."""
+        done = beat.update - 1
+        between = self.updates_per_epoch > 1 and done % self.updates_per_epoch == 0
+        is_late_enough = max(self.after, 1) <= done < self.num_updates
+        return is_late_enough and not between and beat.phase not in ("evaluation", "merging")
 
 
 def _parse_args() -> argparse.Namespace:
@@ -100,18 +108,8 @@ def _numbers_of_ranks(text: str) -> list[int]:
     return ranks
 
 
-def _train(
-    launcher: str,
-    num_ranks: int,
-    run: Path,
-    settings: list[str],
-    delays: random.Random,
-    stop: int | None = None,
-    why_not_now: Callable[[], str | None] = lambda: None,
-) -> None:
-    """Train to the end, or to a kill at a random moment once there is a checkpoint after `stop` updates or more, and
-    there is no reason why not now, such as an evaluation.
-    """
+def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], kill: Kill | None = None) -> None:
+    """Train to the end, or to `kill`."""
     command = [
         *shlex.split(launcher.format(ranks=num_ranks)),
         sys.executable,
@@ -121,24 +119,21 @@ def _train(
         *settings,
     ]
     with (run.parent / "output.txt").open("w+") as output:
+        began = time.time()
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
-            if stop is not None and _wait_for_checkpoint(process, run, stop):
-                delay = delays.uniform(0, MAX_DELAY_SECONDS)
-                time.sleep(delay)
-                give_up = time.monotonic() + ATTEMPT_TIMEOUT_SECONDS
-                while why_not_now() and process.poll() is None and time.monotonic() < give_up:
-                    time.sleep(0.005)
+            if kill is None:
+                if process.wait(timeout=ATTEMPT_TIMEOUT_SECONDS) == 0:
+                    return
+            elif _wait_for_moment(process, run, num_ranks, began, kill):
                 killed = _kill_ranks(process)
-                print(
-                    f"killed: {killed} rank(s), {delay:.2f} s after the checkpoint of update {stop} or later",
-                    flush=True,
-                )
+                beats = read_heartbeats(run / RECORDER)
+                print(f"killed: {killed} rank(s) in update {max(beat.update for beat in beats)}", flush=True)
+                if any(beat.update > kill.num_updates for beat in beats):
+                    raise LockstepError("the kill came when all updates were done: try another --seed")
                 if killed == num_ranks:
                     process.wait(timeout=60)
                     return
-            elif stop is None and process.wait(timeout=ATTEMPT_TIMEOUT_SECONDS) == 0:
-                return
         except psutil.TimeoutExpired:
             pass
         finally:
@@ -147,13 +142,17 @@ def _train(
         raise LockstepError(f"{shlex.join(command)} ended with {process.poll()}:\n{output.read()[-3000:]}")
 
 
-def _wait_for_checkpoint(process: psutil.Popen, run: Path, step: int) -> bool:
-    """Until `run` has a checkpoint after `step` updates or more; False if `process` ends before that."""
+def _wait_for_moment(process: psutil.Popen, run: Path, num_ranks: int, began: float, kill: Kill) -> bool:
+    """Until every rank that `process` has started since `began` is where it is to be killed, and there is a checkpoint
+    to go on from; False if `process` ends before that.
+    """
     deadline = time.monotonic() + ATTEMPT_TIMEOUT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        if any(int(path.name) >= step for path in list_checkpoints(run)):
+        # the attempt before has left heartbeats too, which the ranks replace as they start
+        beats = [beat for beat in read_heartbeats(run / RECORDER) if beat.since >= began]
+        if len(beats) == num_ranks and all(map(kill.is_now, beats)) and list_checkpoints(run):
             return True
-        time.sleep(0.02)
+        time.sleep(0.005)
     return False
 
 
@@ -167,16 +166,6 @@ def _kill_ranks(process: psutil.Popen) -> int:
                     child.kill()
                     num_killed += 1
     return num_killed
-
-
-def _off_mid_epoch(run: Path, num_updates: int, updates_per_epoch: int) -> str | None:
-    """Of ranks that are not in the midst of an epoch, with updates left to do: what one of them is at."""
-    for beat in read_heartbeats(run / RECORDER):
-        done = beat.update - 1
-        between = updates_per_epoch > 1 and done % updates_per_epoch == 0
-        if not 0 < done < num_updates or between or beat.phase in ("evaluation", "merging"):
-            return f"rank {beat.rank} is in {beat.phase} of update {beat.update} of {num_updates}"
-    return None
 
 
 def _last(run: Path) -> Checkpoint:
