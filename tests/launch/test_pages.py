@@ -110,7 +110,7 @@ def _shortened(line: str) -> str:
     line = line.replace("/scratch/me", ".")
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
-    if re.search("benchmark (proofs|optimizer)", line):
+    if re.search("benchmark (checks|optimizer)", line):
         return f"{line} {FEW_ROUNDS}"
     return f"{line} {FEW_ROUNDS} {FEW_SAMPLES} --out benchmark" if "lockstep benchmark" in line else line
 

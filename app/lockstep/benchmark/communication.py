@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lockstep.comm.cluster import Cluster
-from lockstep.parallel.gradients import WIRE_TYPES, sum_over_wire_
+from lockstep.parallel.replicated import WIRE_TYPES, sum_over_wire_
 
 SIZES = [2**exponent for exponent in range(10, 27, 2)]  # bytes
 NUM_BARRIERS = 200

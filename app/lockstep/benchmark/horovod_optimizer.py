@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.step import train_step
 from lockstep.settings import DataSettings, ModelSettings, Settings
 from lockstep.tasks.classify import Classify
 from lockstep.training.optim import build_optimizer
@@ -52,7 +53,7 @@ def _ours(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]
     model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
 
-    return lambda batch: strategy.update(batch, task, seed=0)
+    return lambda batch: train_step(strategy, batch, task, seed=0)
 
 
 def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:

@@ -27,7 +27,7 @@ from lockstep.benchmark.sharding import STRATEGIES, Found, measure_pipeline, mea
 from lockstep.benchmark.throughput import Throughput, measure_throughput
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
-from lockstep.parallel.schedule import bubble
+from lockstep.parallel.pipeline_plan import bubble
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.memory import peak_mib
 from lockstep.settings import Settings
@@ -63,7 +63,7 @@ def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
     settings, options = cluster.on_root(lambda: parse_benchmark(BenchmarkOptions, args))
     if settings.task != "classify":
         message = f"task is {settings.task}: {kind} measures classify; lockstep benchmark ppo measures ppo"
-        raise SettingsError(message).on_all_ranks()
+        raise SettingsError(message).as_shared()
     inventory = take_inventory(cluster)
     if cluster.is_root and not options.json:
         print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
@@ -126,7 +126,7 @@ def _comm(
 ) -> tuple[dict[str, Any], Present]:
     """Collective."""
     if cluster.size == 1:
-        raise SettingsError("one rank has nobody to talk to: start comm with two or more, mpirun -np 2").on_all_ranks()
+        raise SettingsError("one rank has nobody to talk to: start comm with two or more, mpirun -np 2").as_shared()
     model = Classify(settings, cluster).build_model()
     num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     alpha = measure_alpha(cluster)

@@ -67,8 +67,8 @@ def main(cluster: Cluster, arguments: Sequence[str]) -> None:
             cluster.barrier()
             before, started = trainer.progress.num_samples, time.perf_counter()
             for _ in range(NUM_UPDATES):
-                for unit in trainer.loader.rest_of_epoch():
-                    trainer.update(unit)
+                for item in trainer.loader.rest_of_epoch():
+                    trainer.update(item)
             cluster.barrier()
             rates[name].append((trainer.progress.num_samples - before) / (time.perf_counter() - started))
     if cluster.is_root:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lockstep.benchmark.throughput import forever, timed
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.pipeline import Pipeline
+from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.network_counters import bytes_sent_counter
 from lockstep.settings import (
@@ -78,16 +79,16 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
     trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
     strategy, batches = trainer.strategy, forever(trainer)
     count = bytes_sent_counter() or (lambda: 0)
-    tallies = [strategy.update(next(batches), trainer.task, 0)]
+    metric_sums = [train_step(strategy, next(batches), trainer.task, 0)]
 
     def updates() -> int:
         before = count()
-        tallies.extend(strategy.update(next(batches), trainer.task, 0) for _ in range(num_updates))
+        metric_sums.extend(train_step(strategy, next(batches), trainer.task, 0) for _ in range(num_updates))
         return count() - before
 
     sent, _ = timed(cluster, updates)
     held = max(cluster.all_gather_object(held_bytes(strategy)))
-    losses = [cluster.sum_(tally, name="tally").tolist() for tally in tallies]
+    losses = [cluster.sum_(sums, name="losses").tolist() for sums in metric_sums]
     weights: dict[str, Tensor] = {}
     strategy.merge(lambda name, tensor: weights.update({name: tensor}))
     held_formula, sent_formula = formulas(cluster, strategy, settings)
@@ -110,7 +111,7 @@ def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[
     """
     how, n = settings.parallel, cluster.size
     blocks: dict[str, int] = {}
-    for name, tensor in strategy.like.items():
+    for name, tensor in strategy.meta_state.items():
         block = name.split(".")[0]
         blocks[block] = blocks.get(block, 0) + tensor.nbytes
     whole, largest, part = sum(blocks.values()), max(blocks.values()), (n - 1) / n
@@ -177,7 +178,7 @@ def measure_pipeline(
         log_interval=10**9,
         optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
         checkpoint=CheckpointSettings(interval=0),
-        proof=replace(settings.proof, sentinel_interval=0),
+        checks=replace(settings.checks, replica_interval=0),
     )
     trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
     strategy, batches = trainer.strategy, forever(trainer)
@@ -188,7 +189,7 @@ def measure_pipeline(
 
         def updates() -> None:
             for _ in range(num_updates):
-                strategy.update(next(batches), trainer.task, 0)
+                train_step(strategy, next(batches), trainer.task, 0)
 
         _, seconds = timed(cluster, updates)
         batch = next(batches)

@@ -1,6 +1,6 @@
 """Images per second of a run as it was launched, beside its limit: the same ranks, each for itself.
 
-The run is all that app/train.py does in an update, with the ledger on: sampler, all-reduce, sentinel, journal. The
+The run is all that app/train.py does in an update, with the ledger on: sampler, all-reduce, replica check, run log. The
 limit is a bare PyTorch loop over the same model, batch size, precision and optimizer, with its batches in memory, no
 communication, and Horovod's thread at rest. They take turns, round by round.
 """
@@ -17,10 +17,11 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
+from lockstep.parallel.step import PHASES
+from lockstep.runtime.flight_recorder import WAITING, FlightRecorder
 from lockstep.runtime.seeding import seed_model
 from lockstep.settings import CheckpointSettings, Settings
 from lockstep.tasks.classify import Classify
@@ -68,8 +69,8 @@ def measure_throughput(
         settings,
         num_epochs=10**6,
         optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
-        checkpoint=CheckpointSettings(interval=0),  # their cost is told by `benchmark proofs`
-        proof=replace(settings.proof, ledger=True),
+        checkpoint=CheckpointSettings(interval=0),  # their cost is told by `benchmark checks`
+        checks=replace(settings.checks, ledger=True),
     )
     run = _Run(cluster, settings, folder)
     limit = _Limit(cluster, run.task, settings) if with_limit else None
@@ -101,47 +102,44 @@ def measure_throughput(
     )
 
 
+class _SynchronisedRecorder(FlightRecorder):
+    """Waits for the GPU between two phases, so that each is charged with its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._on_gpu = device.type == "cuda"
+
+    def enter(self, phase: str, update: int | None = None) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        super().enter(phase, update)
+
+
 class _Run:
     """Training as app/train.py does it."""
 
     def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
         """Collective."""
-        self.task = Classify(settings, cluster)
-        self.trainer: Trainer = build_trainer(cluster, settings, self.task, RunFolder(folder))
+        recorded = replace(cluster, recorder=_SynchronisedRecorder(cluster.device))
+        self._recorder = recorded.recorder
+        self.task = Classify(settings, recorded)
+        self.trainer: Trainer = build_trainer(recorded, settings, self.task, RunFolder(folder))
         self._batches = forever(self.trainer)
-        self._inside: list[float] = []
-        self._communication: list[float] = []
-        reduce_gradients = self.trainer.strategy.reduce_gradients
-
-        def timed_reduce() -> None:
-            if cluster.device.type == "cuda":
-                torch.cuda.synchronize()  # or the backward pass would count as communication
-            started = time.perf_counter()
-            reduce_gradients()
-            self._communication.append(time.perf_counter() - started)
-
-        self.trainer.strategy.reduce_gradients = timed_reduce  # type: ignore[method-assign]
-        update = self.trainer.strategy.update
-
-        def timed_update(*arguments: object) -> Tensor:
-            started = time.perf_counter()
-            tally = update(*arguments)  # type: ignore[arg-type]
-            self._inside.append(time.perf_counter() - started)
-            return tally
-
-        self.trainer.strategy.update = timed_update  # type: ignore[method-assign, assignment]
 
     def updates(self, number: int) -> list[tuple[float, float, float, float]]:
-        """Collective: for each update, seconds of sampling, of the whole, in the strategy, and in the all-reduce."""
+        """Collective: for each update, seconds of sampling, of the rest, in the step, and of that in the all-reduce."""
         parts = []
         with contextlib.redirect_stdout(io.StringIO()):  # the log lines
             for _ in range(number):
                 started = time.perf_counter()
                 batch = next(self._batches)
                 sampled = time.perf_counter()
+                self._recorder.take_seconds()
                 self.trainer.update(batch)
-                ended = time.perf_counter()
-                parts.append((sampled - started, ended - started, self._inside.pop(), self._communication.pop()))
+                phases = self._recorder.take_seconds()
+                waiting = phases.get(WAITING, 0.0)
+                step = sum(phases.get(phase, 0.0) for phase in PHASES)
+                parts.append((sampled - started, sum(phases.values()), step + waiting, waiting))
         return parts
 
 
@@ -198,13 +196,13 @@ def _split(ranks: list[list[tuple[float, float, float, float]]]) -> dict[str, fl
     The rank that enters an all-reduce last waits for none, so that it alone sees what the all-reduce itself takes.
     """
     parts = torch.tensor(ranks, dtype=torch.float64).mul_(1e3)  # (ranks, updates, 4)
-    sampler, whole, inside, sums = parts.unbind(2)
+    sampler, rest, inside, sums = parts.unbind(2)
     reduce = sums.amin(0)
     split = {
         "sampler": sampler,
         "forward, backward, check, step": inside - sums,
         "waiting for the slowest rank": sums - reduce,
         "all-reduce": reduce,
-        "ledger, sentinel, journal": whole - sampler - inside,
+        "ledger, replica check, run log": rest - inside,
     }
     return {name: part.mean().item() for name, part in split.items()}

@@ -25,7 +25,7 @@ from lockstep.comm.rendezvous import find_place, is_elastic, place_is_known
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 from lockstep.runtime.devices import bind_to_cores, check_gpus, choose_device, gpu_name
 from lockstep.runtime.errors import ExitCode, SettingsError
-from lockstep.runtime.flight_recorder import Recorder
+from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.runtime.installation import read_installation
 from lockstep.runtime.launcher import check_launcher, detect_launcher, remark_on
 from lockstep.runtime.memory import keep_freed_memory
@@ -74,7 +74,7 @@ class Cluster(Collectives):
             raise SettingsError(
                 f"Horovod sees {hvd.size()} ranks and MPI sees {mpi.size}: the launcher is not of the MPI that "
                 f"Lockstep was built with ({mpi_version()}). Use that MPI's mpirun, or horovodrun without --gloo."
-            ).on_all_ranks()
+            ).as_shared()
         check_gpus(mpi.allgather(gpu_name(device, MPI.Get_processor_name())))
         return Cluster(mpi.rank, mpi.size, mpi, node.rank, node.size, device)
 
@@ -101,7 +101,7 @@ class Cluster(Collectives):
         find_place(asks=True)
         with place_is_known():
             ranks = cast(MPI.Intracomm, GlooCommunicator(lambda: start_horovod(self.device)))
-        return replace(self, rank=ranks.rank, size=ranks.size, _mpi=ranks, recorder=Recorder())
+        return replace(self, rank=ranks.rank, size=ranks.size, _mpi=ranks, recorder=FlightRecorder())
 
     def settle(self) -> "Cluster":
         """Collective, of a Gloo job: cores of this rank's own, among the ranks that share its node."""
@@ -144,7 +144,7 @@ class Cluster(Collectives):
         """Raises SettingsError, on every rank, where Gloo has started the job; `why` says what needs MPI."""
         if isinstance(self._mpi, GlooCommunicator):
             message = f"{why}, which needs MPI: start this with mpirun, or with horovodrun without --gloo"
-            raise SettingsError(message).on_all_ranks()
+            raise SettingsError(message).as_shared()
 
     def stop(self) -> None:
         """Collective: leave the job in good order."""

@@ -1,7 +1,7 @@
 """Elastic jobs, whose workers come and go: `horovodrun --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh ...`.
 
-A *crew* is the workers that train together until one of them is lost or the launcher has found others; then those who
-are left, and whoever is new, make up the next one. A process that stays goes on in memory. The machinery is Horovod's.
+A *generation* is the workers that train together until one of them is lost or the launcher has found others; those who
+are left, and whoever is new, are the next one. A process that stays goes on in memory. The machinery is Horovod's.
 """
 
 import os
@@ -20,11 +20,11 @@ from lockstep.comm.stop import HOSTS_CHANGED, StopRequests, StopVote
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 
 CUT_SHORT = (HorovodInternalError, HostsUpdatedInterrupt)
-"""What is raised on each rank of a crew that is no more: in a collective, or between two updates."""
+"""What is raised on each rank of a generation that is no more: in a collective, or between two updates."""
 
 
 class HostUpdates(State):  # type: ignore[misc]
-    """What the launcher has told this worker of hosts that it has found, or lost, since the crew was made up.
+    """What the launcher has told this worker of hosts that it has found, or lost, since the generation was made up.
 
     Nothing of the run is saved or restored here: an update that fails has not changed the model yet.
     """
@@ -37,7 +37,7 @@ class HostUpdates(State):  # type: ignore[misc]
         return not self._host_messages.empty()
 
     def forget(self) -> None:
-        """A crew is about to be made up of all the hosts that there are."""
+        """A generation is about to be made up of all the hosts that there are."""
         while self.is_any:
             self._host_messages.get()
 
@@ -51,11 +51,11 @@ class HostUpdates(State):  # type: ignore[misc]
         pass
 
     def on_reset(self) -> None:
-        """Not Horovod's own, which would forget what came while the crew was made up."""
+        """Not Horovod's own, which would forget what came while the generation was made up."""
 
 
-class CrewVote(StopVote):
-    """A vote that also ends the work of a crew, when hosts have come or gone."""
+class GenerationVote(StopVote):
+    """A vote that also ends the work of a generation, when hosts have come or gone."""
 
     def __init__(self, ranks: Ranks, requests: StopRequests, end_time: float | None, hosts: HostUpdates) -> None:
         super().__init__(ranks, requests, end_time)
@@ -65,18 +65,18 @@ class CrewVote(StopVote):
         return super()._wish(seconds_to_save) or (HOSTS_CHANGED if self._hosts.is_any else 0)
 
     def _reason_of(self, agreed: int) -> str:
-        """Raises HostsUpdatedInterrupt on every rank, between two updates, where the next crew takes over."""
+        """Raises HostsUpdatedInterrupt on every rank, between two updates, where the next generation takes over."""
         if agreed == HOSTS_CHANGED:
             raise HostsUpdatedInterrupt(skip_sync=False)
         return super()._reason_of(agreed)
 
 
-def train_with_crews(first: Cluster, train: Callable[[Cluster, HostUpdates], None], leave: Callable[[], None]) -> None:
-    """Collective over whoever is there: call `train` with one crew after the other, until it returns.
+def run_elastic(first: Cluster, train: Callable[[Cluster, HostUpdates], None], leave: Callable[[], None]) -> None:
+    """Collective over whoever is there: call `train` with one generation after the other, until it returns.
 
     Args:
         first: this worker among those it was started with.
-        leave: called when a crew is no more.
+        leave: called when a generation is no more.
 
     Raises:
         SystemExit: the others go on without this worker.
@@ -86,20 +86,20 @@ def train_with_crews(first: Cluster, train: Callable[[Cluster, HostUpdates], Non
     hosts = HostUpdates()
     mates: list[psutil.Process] = []
 
-    def train_with_crew(hosts: HostUpdates) -> None:
+    def train_one_generation(hosts: HostUpdates) -> None:
         nonlocal mates
-        pin_all_threads(cpus)  # the crew before was another number of ranks
+        pin_all_threads(cpus)  # the generation before was another number of ranks
         mates = _on_this_node(cluster.all_gather_object((platform.node(), os.getpid())))
         train(cluster.settle(), hosts)
 
-    def make_up_crew() -> None:
+    def begin_next_generation() -> None:
         nonlocal cluster
         leave()
         hosts.forget()
         _end_stopped(mates)
         cluster = cluster.rejoin()
 
-    run_fn(train_with_crew, make_up_crew)(hosts)
+    run_fn(train_one_generation, begin_next_generation)(hosts)
 
 
 def _on_this_node(workers: Sequence[tuple[str, int]]) -> list[psutil.Process]:

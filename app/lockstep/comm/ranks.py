@@ -21,7 +21,7 @@ from lockstep.comm.mpi_library import abort_job as abort_job
 from lockstep.comm.mpi_library import mpi_version as mpi_version
 from lockstep.comm.mpi_library import rank_in_job as rank_in_job
 from lockstep.runtime.errors import LockstepError
-from lockstep.runtime.flight_recorder import Recorder
+from lockstep.runtime.flight_recorder import FlightRecorder
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Ranks:
     rank: int
     size: int
     _mpi: MPI.Intracomm = field(repr=False)
-    recorder: Recorder = field(default_factory=Recorder, repr=False, kw_only=True)
+    recorder: FlightRecorder = field(default_factory=FlightRecorder, repr=False, kw_only=True)
 
     @property
     def is_root(self) -> bool:
@@ -69,7 +69,7 @@ class Ranks:
             answer: T | LockstepError | SystemExit = self._mpi.bcast(mine)
         return _value_of(answer)
 
-    def on_root_alone(self, function: Callable[[], T]) -> T | None:
+    def on_root_only(self, function: Callable[[], T]) -> T | None:
         """Collective: as `on_root`, but what rank 0 found stays there; None elsewhere."""
         found: list[T] = []
         self.on_root(lambda: found.append(function()))
@@ -189,7 +189,7 @@ class Message:
     _tensor: Tensor
     _staged: Tensor
     _name: str
-    _recorder: Recorder
+    _recorder: FlightRecorder
 
     @property
     def is_done(self) -> bool:
@@ -225,7 +225,7 @@ def _attempt(function: Callable[[], T]) -> T | LockstepError | SystemExit:
 
 def _value_of(answer: T | LockstepError | SystemExit) -> T:
     if isinstance(answer, LockstepError):
-        raise answer.on_all_ranks()
+        raise answer.as_shared()
     if isinstance(answer, SystemExit):
         raise answer
     return answer

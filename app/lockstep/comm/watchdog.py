@@ -21,7 +21,7 @@ import psutil
 
 from lockstep.runtime.affinity import format_cpus as format_ranks
 from lockstep.runtime.errors import ExitCode
-from lockstep.runtime.flight_recorder import Heartbeat, Recorder, read_heartbeats, record_path
+from lockstep.runtime.flight_recorder import FlightRecorder, Heartbeat, read_heartbeats, record_path
 from lockstep.runtime.hints import suggest
 
 VERDICT = "verdict.txt"
@@ -45,7 +45,7 @@ class Watchdog:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: FlightRecorder,
         folder: Path,
         rank: int,
         size: int,

@@ -8,7 +8,7 @@
     env/run lockstep benchmark peers --suite sharding         ZeRO 1-3 beside PyTorch's ZeRO and FSDP2
     env/run lockstep benchmark scaling --ranks 1,2,4          weak and strong; starts the ranks itself
 
-    env/run mpirun -np 2 lockstep benchmark proofs              what ledger, replica check and checkpoints cost
+    env/run mpirun -np 2 lockstep benchmark checks              what ledger, replica check and checkpoints cost
     env/run mpirun -np 2 lockstep benchmark optimizer          our gradient buffer beside Horovod's own optimizer
     env/run mpirun -np 2 lockstep benchmark preemption          PPO with and without preemption of slow ranks
     env/run lockstep benchmark ppo                              PPO beside CleanRL's style and Stable-Baselines3
@@ -28,7 +28,7 @@ from lockstep.runtime.network_counters import OVER_LOOPBACK
 
 INSIDE_JOB = ("throughput", "comm", "sharding", "pipeline")
 LAUNCHING = ("peers", "scaling")
-BY_RANKS = {"proofs": "proofs", "optimizer": "horovod_optimizer", "preemption": "preemption"}  # kind: module
+BY_RANKS = {"checks": "checks", "optimizer": "horovod_optimizer", "preemption": "preemption"}  # kind: module
 ALONE = {"ppo": "ppo_peers", "two_nodes": "two_nodes"}
 
 

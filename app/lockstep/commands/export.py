@@ -42,7 +42,7 @@ def run(cluster: Cluster) -> None:
     """
     arguments = _parse_args()
     if cluster.size > 1:
-        raise SettingsError("one rank exports a model: start this without a launcher").on_all_ranks()
+        raise SettingsError("one rank exports a model: start this without a launcher").as_shared()
     folder = RunFolder.open(arguments.run)
     settings = folder.load_settings(arguments.trust == "true")
     task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)

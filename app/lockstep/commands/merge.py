@@ -45,13 +45,13 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
     """
     names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
     tied = _tied_weights(checkpoint)  # whose average has the first of their names
-    like = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
-    with replacing(out) as temporary, TensorFileWriter(temporary, like) as writer:
-        for name, tensor in like.items():
+    meta_state = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
+    with replacing(out) as temporary, TensorFileWriter(temporary, meta_state) as writer:
+        for name, tensor in meta_state.items():
             average = f"{AVERAGE_PREFIX}{tied.get(name, name)}"  # where the run keeps one, it is its model
             parts = checkpoint.parts(average if average in checkpoint.shapes else f"{PREFIX}{name}")
             try:
-                merged = merge_shards({name: parts}, like={name: tensor})
+                merged = merge_shards({name: parts}, meta_state={name: tensor})
             except ValueError as error:
                 raise StorageError(f"{checkpoint.path}: {error}") from error
             writer.write(name, merged[name])

@@ -64,7 +64,7 @@ def _has_made_checkpoints(run: Path) -> bool:
 def _verify_ledger(run: Path, checkpoint: Checkpoint | None) -> int:
     has_one = last_attempt(run) >= 0
     if not _keeps_a_ledger(run, checkpoint, otherwise=has_one):
-        print("ledger: none (--proof.ledger true keeps one)")
+        print("ledger: none (--checks.ledger true keeps one)")
         return 0
     if not has_one:
         print("ledger: GONE: the run has kept one, and there is no file of it")
@@ -93,10 +93,10 @@ def _verify_ledger(run: Path, checkpoint: Checkpoint | None) -> int:
 
 def _keeps_a_ledger(run: Path, checkpoint: Checkpoint | None, otherwise: bool) -> bool:
     """As the checkpoint says, or, where there is none or an older one, the settings."""
-    if checkpoint and "proof.ledger" in (said := checkpoint.counters["must_stay"]):
-        return bool(said["proof.ledger"])
+    if checkpoint and "checks.ledger" in (said := checkpoint.counters["immutable_settings"]):
+        return bool(said["checks.ledger"])
     if (run / SETTINGS_FILE).exists():
-        return load_settings(run / SETTINGS_FILE).proof.ledger or otherwise
+        return load_settings(run / SETTINGS_FILE).checks.ledger or otherwise
     return otherwise
 
 

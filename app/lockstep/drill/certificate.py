@@ -38,7 +38,7 @@ from lockstep.training.sample_ledger import find_gaps, ledger_digest, read_ledge
 
 TRAIN = ["-m", "lockstep", "train"]
 INTERVAL = 20
-SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --proof.ledger true --optimizer.weight_decay 0.01"
+SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --checks.ledger true --optimizer.weight_decay 0.01"
 SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
 ROUNDING = 1e-9  # of the largest element; float64 sums in another order, over all updates, momentum included
 ATTEMPT_TIMEOUT_SECONDS = 600
@@ -62,7 +62,9 @@ def certify_resuming() -> None:
             kill = None
             if index + 1 < len(ranks):
                 earliest = (index + 1) * num_updates // len(ranks)
-                kill = Kill(earliest + moments.randrange(num_updates // (2 * len(ranks)) + 1), num_updates, updates_per_epoch)
+                kill = Kill(
+                    earliest + moments.randrange(num_updates // (2 * len(ranks)) + 1), num_updates, updates_per_epoch
+                )
             _train(arguments.launcher, num_ranks, stopped, [*settings, *again], kill)
         _certify(never, stopped, same, len(ranks))
 

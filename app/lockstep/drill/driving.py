@@ -23,7 +23,7 @@ INTERVAL = 4
 UPDATE = 2 * INTERVAL + 2  # counted from 1; before it two checkpoints are made, and one update that none of them has
 SETTINGS = (
     "--data.name synthetic --data.num_samples 512 --data.batch_size 16 --num_epochs 1 --evaluate_every 0 "
-    f"--checkpoint.interval {INTERVAL} --proof.ledger true"
+    f"--checkpoint.interval {INTERVAL} --checks.ledger true"
 )
 SECONDS_TO_START_AND_END = 120
 SECONDS_ABOVE_LIMIT = 5  # by which a verdict may come later than the limit of a stall

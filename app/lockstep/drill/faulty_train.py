@@ -20,6 +20,7 @@ from lockstep.comm.program import run_program
 from lockstep.data.batch import Batch
 from lockstep.runtime.errors import SettingsError
 from lockstep.training.checkpoint import list_checkpoints
+from lockstep.training.hooks import TrainerHook
 from lockstep.training.run import run
 from lockstep.training.trainer import Trainer
 
@@ -86,25 +87,31 @@ def _check_possible(cluster: Cluster, fault: str, rank: int) -> None:
     nodes = cluster.all_gather_object(platform.node())
     if fault == "cut_link":
         if nodes[rank] == nodes[0]:
-            raise SettingsError(f"not possible here: ranks 0 and {rank} are on one node").on_all_ranks()
+            raise SettingsError(f"not possible here: ranks 0 and {rank} are on one node").as_shared()
         if not all(cluster.all_gather_object(os.geteuid() == 0)):
-            raise SettingsError("not possible here: only root can cut a link").on_all_ranks()
+            raise SettingsError("not possible here: only root can cut a link").as_shared()
 
 
-def _plant(trainer: Trainer, inject: Inject, update: int, file: Path, run: Path) -> None:
-    """From `update` (counted from 1) on, `inject` before what would have been done."""
-    real = trainer.update
+class Fault(TrainerHook):
+    """Injects a fault before one update, or, of one that is slow, from it on."""
 
-    def faulty(unit: Batch) -> None:
-        step = trainer.progress.step + 1
-        if step == update:
-            _wait_for_a_checkpoint(run)
-            file.write_text(str(time.time()))
-        if step == update or (step > update and inject is _slow):
-            inject(unit)
-        real(unit)
+    def __init__(self, inject: Inject, update: int, file: Path) -> None:
+        """
+        Args:
+            update: counted from 1.
+            file: gets the time of it.
+        """
+        self._inject = inject
+        self._update = update
+        self._file = file
 
-    trainer.update = faulty  # type: ignore[method-assign]
+    def before_update(self, trainer: Trainer, item: Batch) -> None:
+        update = trainer.progress.step + 1
+        if update == self._update:
+            _wait_for_a_checkpoint(trainer.folder.path)
+            self._file.write_text(str(time.time()))
+        if update == self._update or (update > self._update and self._inject is _slow):
+            self._inject(item)
 
 
 def _wait_for_a_checkpoint(run: Path) -> None:
@@ -119,11 +126,7 @@ def main(cluster: Cluster) -> None:
     sys.argv[1:] = sys.argv[5:]
     _check_possible(cluster, fault, rank)
 
-    def plant(trainer: Trainer) -> None:
-        if cluster.rank == rank:
-            _plant(trainer, INJECT[fault], update, file, trainer.folder.path)
-
-    run(cluster, plant)
+    run(cluster, [Fault(INJECT[fault], update, file)] if cluster.rank == rank else [])
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -
         else:
             yield from _torchvision_blocks(settings, shape, num_classes)
     except SettingsError as error:
-        raise error.on_all_ranks() from None
+        raise error.as_shared() from None
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
+        raise SettingsError(f"model.name is {settings.name}: {error}").as_shared() from error
 
 
 def _torchvision_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -> Blocks:

@@ -70,9 +70,9 @@ def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Action
         else:
             raise ValueError("ppo takes mlp, nature_cnn or a policy of your own, my_package.MyPolicy")
     except SettingsError as error:
-        raise error.on_all_ranks() from None
+        raise error.as_shared() from None
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"model.name is {settings.name}: {error}").on_all_ranks() from error
+        raise SettingsError(f"model.name is {settings.name}: {error}").as_shared() from error
 
 
 def mlp_blocks(

@@ -8,7 +8,7 @@ from lockstep.comm.cluster import Cluster
 
 class Buffers:
     """The buffers of a model. Each rank normalises by its own samples; what they have changed in the persistent buffers
-    is averaged after every update, by the ranks' numbers of samples. What a failed update has changed in any is undone.
+    is averaged after every update, weighted by the ranks' numbers of samples. A failed update's changes are undone.
     """
 
     def __init__(self, model: nn.Module, cluster: Cluster) -> None:
@@ -49,7 +49,7 @@ class Buffers:
                 buffer.copy_(values.view(buffer.shape))
 
     @torch.no_grad()
-    def agree(self, share: float) -> None:
+    def average(self, share: float) -> None:
         """Collective: one small sum, if there is any buffer.
 
         Args:

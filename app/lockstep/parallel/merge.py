@@ -46,18 +46,20 @@ def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Se
             part.copy_(source)
 
 
-def merge_shards(sharded: Mapping[str, Sequence[Tensor]], like: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_shards(
+    sharded: Mapping[str, Sequence[Tensor]], meta_state: nn.Module | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Put the parts of every tensor together again (reference, step 5 of section 3): the inverse of `shard_model`.
 
     Args:
-        sharded: the parts, for every name in `like`.
-        like: gives names and shapes; its values are not used.
+        sharded: the parts, for every name in `meta_state`.
+        meta_state: gives names and shapes; its values are not used.
 
     Raises:
         ValueError: the parts of a tensor are missing, or do not add up to its shape.
     """
     merged = {}
-    for name, tensor in state_tensors(like).items():
+    for name, tensor in state_tensors(meta_state).items():
         num_elements = sum(part.numel() for part in sharded.get(name, ()))
         if name not in sharded or num_elements != tensor.numel():
             raise ValueError(f"{name}: its parts hold {num_elements} of {tensor.numel()} elements")
@@ -67,7 +69,7 @@ def merge_shards(sharded: Mapping[str, Sequence[Tensor]], like: nn.Module | Mapp
 
 def merge_on_root(
     ranks: "Ranks",
-    like: Mapping[str, Tensor],
+    meta_state: Mapping[str, Tensor],
     part_of: Callable[[str], Tensor],
     write: Callable[[str, Tensor], None] | None,
 ) -> None:
@@ -75,14 +77,14 @@ def merge_on_root(
     largest tensor only (reference, step 5 of section 3).
 
     Args:
-        like: gives names, shapes and data types.
+        meta_state: gives names, shapes and data types.
         part_of: this rank's flat part (n,) of a tensor, or an empty one; in the order of the ranks they make it up.
         write: what rank 0 does with each merged tensor.
 
     Raises:
         ReplicasDifferError: on rank 0: a part is not what its rank has sent, or parts are missing.
     """
-    for name, tensor in like.items():
+    for name, tensor in meta_state.items():
         mine = part_of(name).to(tensor.dtype)
         vouched = ranks.all_gather_object(content_hash(mine))
         parts = ranks.gather_parts(mine)
@@ -90,10 +92,10 @@ def merge_on_root(
             if content_hash(part) != of_rank:
                 raise ReplicasDifferError(f"the merge of {name}: the part that came from rank {rank} is another")
         if ranks.is_root and write:
-            write(name, merge_shards({name: parts}, like={name: tensor})[name])
+            write(name, merge_shards({name: parts}, meta_state={name: tensor})[name])
 
 
-def layout_of(model: nn.Module) -> dict[str, Tensor]:
+def meta_state_of(model: nn.Module) -> dict[str, Tensor]:
     """Names, shapes and data types of all parameters and persistent buffers, as tensors without content."""
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in state_tensors(model).items()}
 

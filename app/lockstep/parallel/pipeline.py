@@ -18,12 +18,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.ranks import Message
 from lockstep.data.batch import Batch
-from lockstep.parallel.merge import layout_of, state_tensors
-from lockstep.parallel.rank_grid import Layout
-from lockstep.parallel.schedule import Action, schedule_of
-from lockstep.parallel.stages import BlockCost, changeable, check_cuts, cut_blocks, measure_blocks, wait_for_device
+from lockstep.parallel.merge import meta_state_of, state_tensors
+from lockstep.parallel.pipeline_plan import (
+    Action,
+    BlockCost,
+    changeable,
+    check_cuts,
+    cut_blocks,
+    measure_blocks,
+    schedule_of,
+    wait_for_device,
+)
+from lockstep.parallel.rank_grid import RankGrid
+from lockstep.parallel.replicated import UnshardedStrategy
 from lockstep.parallel.strategy import Blocks, BuildOptimizer, Objective
-from lockstep.parallel.whole import WholeParameters
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.seeding import seed_update, update_seed
 from lockstep.settings import Settings
@@ -31,7 +39,7 @@ from lockstep.settings import Settings
 ACTIVATIONS, GRADIENTS = 2, 3  # tags
 
 
-class Pipeline(WholeParameters):
+class Pipeline(UnshardedStrategy):
     """One stage of one replica.
 
     Attributes:
@@ -45,7 +53,7 @@ class Pipeline(WholeParameters):
         build_optimizer: BuildOptimizer,
         cluster: Cluster,
         settings: Settings,
-        layout: Layout,
+        grid: RankGrid,
         objective: Objective,
         example: Tensor,
     ) -> None:
@@ -59,68 +67,65 @@ class Pipeline(WholeParameters):
         Raises:
             SettingsError: on every rank: the blocks do not fit the stages.
         """
-        self._layout = layout
+        self._grid = grid
         self._schedule = settings.pipeline.schedule
         self.costs = cluster.on_root(lambda: measure_blocks(make_blocks(), objective.outputs, example))
-        self.firsts = cluster.on_root(lambda: _cut(self.costs, settings, layout.num_stages))
-        self._first, stop = [*self.firsts, len(self.costs)][layout.stage : layout.stage + 2]
+        self.firsts = cluster.on_root(lambda: _cut(self.costs, settings, grid.num_stages))
+        self._first, stop = [*self.firsts, len(self.costs)][grid.stage : grid.stage + 2]
         stage = nn.Sequential()
-        like: dict[str, Tensor] = {}
+        meta_state: dict[str, Tensor] = {}
         first_names: dict[str, str] = {}
         places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for index, (name, block) in enumerate(make_blocks()):
             cluster.broadcast_parameters(state_tensors(block))
-            like |= {f"{name}.{inner}": tensor for inner, tensor in layout_of(block).items()}
+            meta_state |= {f"{name}.{inner}": tensor for inner, tensor in meta_state_of(block).items()}
             first_names |= _first_names(block, name, sum(first <= index for first in self.firsts), places)
             if self._first <= index < stop:
                 stage.add_module(name, block)
-        replicas = cluster.split(layout.same_stage())
-        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), like, first_names, replicas)
+        replicas = cluster.split(grid.same_stage())
+        super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), meta_state, first_names, replicas)
         self._posted: deque[Message] = deque()
         self._sent: list[Message] = []
 
     @property
     def _is_last(self) -> bool:
-        return self._layout.stage == self._layout.num_stages - 1
+        return self._grid.stage == self._grid.num_stages - 1
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
-    def _backward(self, batch: Batch, objective: Objective, seed: int, send: bool = True) -> Tensor:
-        gradients = self.gradients
-        gradients.begin()
-        pieces = batch.split(self._num_micro_batches)
-        tally = torch.zeros(3, dtype=torch.float64, device=batch.inputs.device)
-        actions = schedule_of(self._schedule, self._layout.stage, self._layout.num_stages, len(pieces))
+    def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
+        """Collective: the stage's schedule, with one message received ahead of its use."""
+        micro_batches = self.micro_batches(batch)
+        metric_sums = torch.zeros(3, dtype=torch.float64, device=batch.inputs.device)
+        actions = schedule_of(self._schedule, self._grid.stage, self._grid.num_stages, len(micro_batches))
         to_come = iter([action for action in actions if self._waits_for(action)])
-        self._post_next(to_come, pieces)
-        kept: dict[int, tuple[Tensor, Tensor]] = {}  # inputs, and outputs or loss, of micro-batches on their way
+        self._post_next(to_come, micro_batches)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # inputs, and outputs or loss, between forward and backward
         for action in actions:
-            index, piece = action.micro_batch, pieces[action.micro_batch]
+            index, micro_batch = action.micro_batch, micro_batches[action.micro_batch]
             received = None
             if self._waits_for(action):
                 received = self._posted.popleft().wait()
-                self._post_next(to_come, pieces)
+                self._post_next(to_come, micro_batches)
             if action.kind == "forward":
-                inputs = piece.inputs if received is None else received.requires_grad_()
+                inputs = micro_batch.inputs if received is None else received.requires_grad_()
                 outputs = self._through_blocks(objective, inputs, update_seed(seed, index, 0))
                 if self._is_last:
-                    loss, of_piece = objective.loss_sum(outputs, piece)
+                    loss, metrics = objective.loss_sum(outputs, micro_batch)
                     outputs = loss / batch.global_size
-                    gradients.add_loss(outputs)
-                    tally = tally + of_piece
+                    self.gradients.add_loss(outputs)
+                    metric_sums = metric_sums + metrics
                 else:
-                    self._send(outputs.detach(), self._layout.stage + 1, ACTIVATIONS)
+                    self._send(outputs.detach(), self._grid.stage + 1, ACTIVATIONS)
                 kept[index] = inputs, outputs
             else:
                 inputs, outputs = kept.pop(index)
-                if send and index == len(pieces) - 1:
-                    gradients.send_from_now_on()
-                outputs.backward(received)
+                self._backward(outputs, received, is_last=index == len(micro_batches) - 1)
                 if inputs.requires_grad:
                     gradient = inputs.grad if inputs.grad is not None else torch.zeros_like(inputs)
-                    self._send(gradient, self._layout.stage - 1, GRADIENTS)
+                    self._send(gradient, self._grid.stage - 1, GRADIENTS)
         self._finish_sending()
-        return tally
+        return metric_sums
 
     def _through_blocks(self, objective: Objective, inputs: Tensor, seed: int | None) -> Tensor:
         if inputs.requires_grad:
@@ -131,45 +136,45 @@ class Pipeline(WholeParameters):
             inputs = objective.outputs(block, inputs)
         return inputs
 
-    def _squared_norm(self) -> float:
+    def squared_gradient_norm(self) -> float:
         loss = self.gradients.flat[-1].double()
         squared_norm = torch.tensor(self.gradients.squared_norm(), dtype=torch.float64, device=loss.device)
         # Every replica has the same.
-        sums = torch.stack([loss, squared_norm]) / self._layout.num_replicas
+        sums = torch.stack([loss, squared_norm]) / self._grid.num_replicas
         loss, squared_norm = self._cluster.sum_(sums, name="norm")
         return float(squared_norm) if loss.isfinite() else math.nan
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
         with torch.no_grad():
-            if self._layout.stage > 0:
-                inputs = self._receive(len(inputs), self._layout.stage - 1, ACTIVATIONS).wait()
+            if self._grid.stage > 0:
+                inputs = self._receive(len(inputs), self._grid.stage - 1, ACTIVATIONS).wait()
             outputs = self._through_blocks(objective, inputs, seed=None)
         if self._is_last:
             return outputs
-        self._send(outputs, self._layout.stage + 1, ACTIVATIONS)
+        self._send(outputs, self._grid.stage + 1, ACTIVATIONS)
         self._finish_sending()
         return None
 
-    def time_alone(self, pieces: Sequence[Batch], objective: Objective, num_rounds: int) -> tuple[float, float]:
-        """Seconds, the median, of one of `pieces` forward and backward through this stage, with no message sent, and of
-        a step of the optimizer. For a benchmark: the gradients are no one's.
+    def time_alone(self, micro_batches: Sequence[Batch], objective: Objective, num_rounds: int) -> tuple[float, float]:
+        """Measure this stage by itself, with no message sent: seconds of a micro-batch forward and backward, and of the
+        optimizer's step (medians). For a benchmark: the gradients mean nothing.
         """
         passes, steps = [], []
-        for piece in [piece for _ in range(num_rounds) for piece in pieces]:
-            inputs = piece.inputs
-            if self._layout.stage > 0:
-                inputs = self._border(len(piece), self._first - 1).normal_().requires_grad_()
+        for micro_batch in [each for _ in range(num_rounds) for each in micro_batches]:
+            inputs = micro_batch.inputs
+            if self._grid.stage > 0:
+                inputs = self._border(len(micro_batch), self._first - 1).normal_().requires_grad_()
             started = time.perf_counter()
             outputs = self._through_blocks(objective, inputs, seed=0)
             if self._is_last:
-                outputs = objective.loss_sum(outputs, piece)[0]
+                outputs = objective.loss_sum(outputs, micro_batch)[0]
             outputs.backward(torch.ones_like(outputs))
             wait_for_device(outputs)
             passes.append(time.perf_counter() - started)
         for _ in range(num_rounds):
-            self.gradients.begin()
+            self.zero_gradients()
             started = time.perf_counter()
-            self._step()
+            self.optimizer_step()
             wait_for_device(self.gradients.flat)
             steps.append(time.perf_counter() - started)
         return statistics.median(passes), statistics.median(steps)
@@ -177,20 +182,20 @@ class Pipeline(WholeParameters):
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _waits_for(self, action: Action) -> bool:
-        return self._layout.stage > 0 if action.kind == "forward" else not self._is_last
+        return self._grid.stage > 0 if action.kind == "forward" else not self._is_last
 
-    def _post_next(self, to_come: Iterator[Action], pieces: Sequence[Batch]) -> None:
+    def _post_next(self, to_come: Iterator[Action], micro_batches: Sequence[Batch]) -> None:
         """Receive one message ahead of its use."""
         action = next(to_come, None)
         if action is not None:
-            num_samples = len(pieces[action.micro_batch])
+            num_samples = len(micro_batches[action.micro_batch])
             source, tag = (-1, ACTIVATIONS) if action.kind == "forward" else (1, GRADIENTS)
-            self._posted.append(self._receive(num_samples, self._layout.stage + source, tag))
+            self._posted.append(self._receive(num_samples, self._grid.stage + source, tag))
 
     def _receive(self, num_samples: int, stage: int, tag: int) -> Message:
         """What lies on the border to a neighbouring `stage`: the outputs of the block before it, or their gradients."""
-        tensor = self._border(num_samples, self.firsts[max(stage, self._layout.stage)] - 1)
-        return self._cluster.begin_receive(tensor, self._layout.rank_of(stage), tag)
+        tensor = self._border(num_samples, self.firsts[max(stage, self._grid.stage)] - 1)
+        return self._cluster.begin_receive(tensor, self._grid.rank_of(stage), tag)
 
     def _border(self, num_samples: int, block: int) -> Tensor:
         """A tensor like the outputs of a block."""
@@ -199,7 +204,7 @@ class Pipeline(WholeParameters):
 
     def _send(self, tensor: Tensor, stage: int, tag: int) -> None:
         self._sent = [message for message in self._sent if not message.is_done]
-        self._sent.append(self._cluster.begin_send(tensor, self._layout.rank_of(stage), tag))
+        self._sent.append(self._cluster.begin_send(tensor, self._grid.rank_of(stage), tag))
 
     def _finish_sending(self) -> None:
         for message in self._sent:
@@ -210,11 +215,11 @@ class Pipeline(WholeParameters):
 
     def _part_to_merge(self, name: str) -> Tensor:
         tensor = state_tensors(self.model).get(name) if self.is_saved_here else None
-        return tensor.reshape(-1) if tensor is not None else torch.empty(0, dtype=self.like[name].dtype)
+        return tensor.reshape(-1) if tensor is not None else torch.empty(0, dtype=self.meta_state[name].dtype)
 
     @property
     def is_saved_here(self) -> bool:
-        return self._layout.replica == 0
+        return self._grid.replica == 0
 
 
 def _cut(costs: Sequence[BlockCost], settings: Settings, num_stages: int) -> list[int]:
@@ -238,6 +243,6 @@ def _first_names(block: nn.Module, name: str, stage: int, places: WeakIdKeyDicti
             raise SettingsError(
                 f"{first} and {name}.{inner} are one parameter (tied weights): in a pipeline they must lie in the same "
                 "stage; name pipeline.cuts such that they do, or use another strategy"
-            ).on_all_ranks()
+            ).as_shared()
         names[f"{name}.{inner}"] = first
     return names

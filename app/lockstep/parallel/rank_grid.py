@@ -7,7 +7,7 @@ from lockstep.settings import Settings
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankGrid:
     """`num_replicas` copies of the model, each in `num_stages` stages: neighbouring ranks make up one replica.
 
     Attributes:
@@ -19,7 +19,7 @@ class Layout:
     rank: int
 
     @staticmethod
-    def of(settings: Settings, rank: int, size: int) -> "Layout":
+    def of(settings: Settings, rank: int, size: int) -> "RankGrid":
         """
         Raises:
             SettingsError: on every rank: the number of ranks is not stages x replicas.
@@ -30,8 +30,8 @@ class Layout:
             raise SettingsError(
                 f"pipeline.num_stages is {num_stages} on {size} ranks: stages x replicas must be the number of ranks, "
                 f"and {num_stages} x {num_replicas} is {num_stages * num_replicas}"
-            ).on_all_ranks()
-        return Layout(size // num_stages, num_stages, rank)
+            ).as_shared()
+        return RankGrid(size // num_stages, num_stages, rank)
 
     @property
     def replica(self) -> int:

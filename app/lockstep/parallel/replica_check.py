@@ -28,4 +28,4 @@ def compare_replicas(cluster: Cluster, state: Mapping[str, object], when: str) -
             ranks = ", ".join(map(str, minority))
             tie = f" (no majority: rank {min(held)} is taken for right)" if 2 * count <= len(held) else ""
             message = f"the replicas differ {when}: {name} of rank {ranks} is not the others'{tie}"
-            raise ReplicasDifferError(message).on_all_ranks()
+            raise ReplicasDifferError(message).as_shared()

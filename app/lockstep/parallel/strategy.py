@@ -1,9 +1,8 @@
-"""What every strategy does: one exact optimizer step over all ranks, and a state that knows nothing of them."""
+"""What every strategy offers: the parts of an update over all ranks (step.py), and a state that knows no ranks."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +13,10 @@ from lockstep.data.batch import Batch
 from lockstep.parallel.buffers import Buffers
 from lockstep.parallel.merge import merge_on_root
 from lockstep.parallel.replica_check import compare_replicas
-from lockstep.parallel.tensor_slices import Piece, SavedState, State, load_optimizer, optimizer_state
+from lockstep.parallel.tensor_slices import SavedState, State, TensorSlice, load_optimizer, optimizer_state
 from lockstep.parallel.weight_average import exchange_with_average, has_average
 from lockstep.runtime.errors import NonFiniteError
+from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.settings import GradientSettings
 
 Blocks = Iterable[tuple[str, nn.Module]]
@@ -34,7 +34,7 @@ class Objective(Protocol):
         ...
 
     def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss *summed* over `batch`, of the task's own kind, with its graph, and tallies (k,) float64 that add
+        """The loss *summed* over `batch`, of the task's own kind, with its graph, and metric_sums (k,) float64 that add
         up."""
         ...
 
@@ -45,7 +45,8 @@ class Strategy(ABC):
     Attributes:
         model: this rank's: the whole, the whole but for parameters that come and go, or a stage.
         optimizer: over what this rank updates.
-        like: names, shapes and data types of the whole model.
+        clip_norm: what the gradient's norm over the whole model is clipped to; None: it is not.
+        meta_state: names, shapes and data types of the whole model.
         num_parameters: of the whole model, each once; buffers are none.
         tied_weights: further names of parameters that have several -> the first, which the optimizer's state goes by.
     """
@@ -56,54 +57,89 @@ class Strategy(ABC):
         settings: GradientSettings,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        pieces: Mapping[Tensor, Piece],
-        like: Mapping[str, Tensor],
+        slices: Mapping[Tensor, TensorSlice],
+        meta_state: Mapping[str, Tensor],
         first_names: Mapping[str, str],
         replicas: Cluster,
     ) -> None:
         """
         Args:
-            pieces: which of the whole model's elements each of the optimizer's parameters holds.
+            slices: which of the whole model's elements each of the optimizer's parameters holds.
             first_names: of the whole model: see merge.py.
             replicas: the ranks that hold different samples, but the same buffers.
         """
         self._cluster = cluster
-        self._clip_norm = settings.clip_norm
+        self.clip_norm = settings.clip_norm
         self.model = model
         self.optimizer = optimizer
-        self._pieces = pieces
-        self.like = like
-        self.num_parameters = sum(like[name].numel() for name in set(first_names.values()) & like.keys())
+        self._slices = slices
+        self.meta_state = meta_state
+        self.num_parameters = sum(meta_state[name].numel() for name in set(first_names.values()) & meta_state.keys())
         self.tied_weights = {name: first for name, first in first_names.items() if name != first}
         self._buffers = Buffers(model, replicas)
 
-    # -- what a strategy is ----------------------------------------------------------------------------------------
+    # -- one update: what step.py is made of ------------------------------------------------------------------------
+
+    @property
+    def recorder(self) -> FlightRecorder:
+        """Of what this rank is doing."""
+        return self._cluster.recorder
 
     @abstractmethod
-    def _backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
-        """Collective: gradients of this rank's samples, and the sum of their tallies."""
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last update."""
+
+    @abstractmethod
+    def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
+        """Collective: add the gradients of this rank's samples; returns the sum of their metric sums (k,)."""
 
     @abstractmethod
     def reduce_gradients(self) -> None:
-        """Collective: what is left to do until gradients are those of all ranks."""
+        """Collective: finish what is left to do until gradients are those of all ranks."""
 
     @abstractmethod
-    def _squared_norm(self) -> float:
+    def squared_gradient_norm(self) -> float:
         """Collective: the square of the gradient's norm over the whole model if it is to be clipped, else any finite
         number; an infinite one, or NaN, on every rank, if a loss or gradient is not finite on any.
         """
 
     @abstractmethod
-    def _reduced_gradients(self) -> Sequence[Tensor]:
-        """This rank's, after `reduce_gradients`."""
+    def reduced_gradients(self) -> Sequence[Tensor]:
+        """The gradients that this rank's optimizer reads, after `reduce_gradients`."""
 
-    @abstractmethod
-    def _not_finite(self, batch: Batch, objective: Objective, seed: int) -> list[str]:
-        """Collective: compute this rank's part once more, by itself; what of it is infinite or not a number."""
+    def average_buffers(self, share: float) -> None:
+        """Collective: average what forward passes have changed in the buffers, such as running means, over the ranks.
 
-    def _step(self) -> None:
+        Args:
+            share: this rank's share of the global batch, 0 ... 1.
+        """
+        self._buffers.average(share)
+
+    def optimizer_step(self) -> None:
         """Collective: the optimizer's step; afterwards parameters are where they are needed."""
         self.optimizer.step()
+
+    @abstractmethod
+    def local_gradients(self) -> AbstractContextManager[list[str]]:
+        """Inside, `forward_backward` leaves gradients unreduced. Gives the names of this rank's tensors that were
+        infinite or not a number, complete on leaving.
+        """
+
+    def find_non_finite(self, batch: Batch, objective: Objective, seed: int) -> NonFiniteError:
+        """Collective: compute this update's gradients once more, each rank by itself, to name the first rank and tensor
+        that are infinite or not a number. Buffers are again what they were before the update.
+        """
+        self.forget_changes()
+        self.zero_gradients()
+        with self.local_gradients() as names:
+            self.forward_backward(batch, objective, seed)
+        self.forget_changes()
+        first = self._cluster.all_gather_object(names[:1])
+        culprits = [f"{found[0]} on rank {rank}" for rank, found in enumerate(first) if found]
+        where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
+        return NonFiniteError(f"{where} is infinite or not a number").as_shared()
+
+    # -- what a strategy is ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _model_state(self) -> State:
@@ -129,58 +165,7 @@ class Strategy(ABC):
         Every rank must call it equally often, with as many samples as it has.
         """
 
-    # -- updates ---------------------------------------------------------------------------------------------------
-
-    def update(
-        self, batch: Batch, objective: Objective, seed: int, before_step: Callable[[], None] | None = None
-    ) -> Tensor:
-        """Collective: one optimizer step along the exact mean gradient over the global batch.
-
-        Each rank divides its summed loss by the *global* number of samples, and the gradients are summed: ranks may
-        hold different numbers of samples, or none. Adasum combines the means over each rank's own samples instead.
-
-        Args:
-            batch: this rank's samples of a global batch.
-            objective: what to minimise.
-            seed: of everything random in this update, on this rank.
-            before_step: called after the backward pass, before parameters and optimizer state change.
-
-        Returns:
-            The sum of this rank's tallies (k,); the other ranks' are not in it.
-
-        Raises:
-            NonFiniteError: on every rank, with nothing of the model changed, if a loss or gradient is infinite or not a
-                number on any rank; names the first such rank and tensor.
-        """
-        tally = self._backward(batch, objective, seed)
-        self.reduce_gradients()
-        squared_norm = self._squared_norm()
-        if not math.isfinite(squared_norm):  # so all ranks stop or skip in this update
-            raise self._non_finite(batch, objective, seed)
-        self._buffers.agree(len(batch) / batch.global_size)
-        if self._clip_norm is not None:
-            self._clip(math.sqrt(squared_norm), self._clip_norm)
-        self._cluster.recorder.enter("optimizer step")
-        if before_step:
-            before_step()
-        self._step()
-        return tally
-
-    def _clip(self, norm: float, limit: float) -> None:
-        """Pascanu et al. 2013, algorithm 1."""
-        if norm > limit:
-            for gradient in self._reduced_gradients():
-                gradient.mul_(limit / norm)
-
-    def _non_finite(self, batch: Batch, objective: Objective, seed: int) -> NonFiniteError:
-        """Collective: find the rank and the tensor. Buffers are again what they were before the update."""
-        self.forget_changes()
-        mine = self._not_finite(batch, objective, seed)
-        self.forget_changes()
-        first = self._cluster.all_gather_object(mine[:1])
-        culprits = [f"{names[0]} on rank {rank}" for rank, names in enumerate(first) if names]
-        where = culprits[0] if culprits else "the sum of the ranks' finite gradients"
-        return NonFiniteError(f"{where} is infinite or not a number").on_all_ranks()
+    # -- averaged weights ------------------------------------------------------------------------------------------
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -189,14 +174,14 @@ class Strategy(ABC):
             yield
             return
         exchange_with_average(self.optimizer)
-        self._publish()
+        self._gather_parameters()
         try:
             yield
         finally:
             exchange_with_average(self.optimizer)
-            self._publish()
+            self._gather_parameters()
 
-    def _publish(self) -> None:  # noqa: B027  # most have nothing to do
+    def _gather_parameters(self) -> None:  # noqa: B027  # most have nothing to do
         """Collective: parameters are where they are needed, after some have changed."""
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -233,7 +218,7 @@ class Strategy(ABC):
 
     def state(self) -> State:
         """What this rank holds of what must be saved to go on. No copies; it knows nothing of the number of ranks."""
-        return {**self._model_state(), **optimizer_state(self.optimizer, self._pieces)}
+        return {**self._model_state(), **optimizer_state(self.optimizer, self._slices)}
 
     def saved_state(self) -> State:
         """Of `state`, what this rank shall save: all ranks together save every element once."""
@@ -242,7 +227,7 @@ class Strategy(ABC):
     @property
     def changed_by_forward(self) -> list[str]:
         """The names in `state` of what a forward pass may change: buffers, such as running means."""
-        return [f"model/{name}" for name, _ in self.model.named_buffers() if name in self.like]
+        return [f"model/{name}" for name, _ in self.model.named_buffers() if name in self.meta_state]
 
     def load_state(self, saved: SavedState) -> None:
         """Collective: go on from the `saved` state of an earlier run, under whatever strategy and on however many ranks
@@ -252,7 +237,7 @@ class Strategy(ABC):
             ReplicasDifferError: on every rank, if they do not agree afterwards.
         """
         self._load_model(saved)
-        load_optimizer(self.optimizer, self._pieces, saved)
+        load_optimizer(self.optimizer, self._slices, saved)
         self._buffers.remember()
         self.compare("after loading a checkpoint")
 
@@ -263,4 +248,4 @@ class Strategy(ABC):
             ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.
         """
         self.compare("at the merge")
-        merge_on_root(self._cluster, self.like, self._part_to_merge, write)
+        merge_on_root(self._cluster, self.meta_state, self._part_to_merge, write)

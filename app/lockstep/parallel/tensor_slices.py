@@ -15,7 +15,7 @@ from lockstep.parallel.merge import state_tensors, sync_params
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Elements start ... stop - 1, in row-major order, of the parameter `name` of `shape`."""
 
     name: str
@@ -24,12 +24,12 @@ class Piece:
     shape: torch.Size
 
     @staticmethod
-    def whole(name: str, tensor: Tensor) -> "Piece":
-        return Piece(name, 0, tensor.numel(), tensor.shape)
+    def whole(name: str, tensor: Tensor) -> "TensorSlice":
+        return TensorSlice(name, 0, tensor.numel(), tensor.shape)
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Elements `start` ... of a tensor of `shape`: all of them in their shape, or some of them flat."""
 
     values: Tensor
@@ -37,21 +37,21 @@ class Part:
     shape: torch.Size
 
     @staticmethod
-    def of(values: Tensor, piece: Piece) -> "Part":
-        """`values` are those of `piece`."""
-        is_whole = values.numel() == piece.shape.numel()
-        return Part(values.view(piece.shape) if is_whole else values, piece.start, piece.shape)
+    def of(values: Tensor, tensor_slice: TensorSlice) -> "Shard":
+        """`values` are those of `tensor_slice`."""
+        is_whole = values.numel() == tensor_slice.shape.numel()
+        return Shard(values.view(tensor_slice.shape) if is_whole else values, tensor_slice.start, tensor_slice.shape)
 
     @staticmethod
-    def whole(values: Tensor) -> "Part":
-        return Part(values, 0, values.shape)
+    def whole(values: Tensor) -> "Shard":
+        return Shard(values, 0, values.shape)
 
     @property
     def is_whole(self) -> bool:
         return self.values.shape == self.shape
 
 
-State = dict[str, Part]
+State = dict[str, Shard]
 
 
 class SavedState(Protocol):
@@ -83,7 +83,7 @@ def whole_tensors(saved: SavedState) -> dict[str, Tensor]:
 
 def model_state(model: nn.Module) -> State:
     """Every parameter and persistent buffer of `model`, whole. No copies."""
-    return {f"model/{name}": Part.whole(tensor) for name, tensor in state_tensors(model).items()}
+    return {f"model/{name}": Shard.whole(tensor) for name, tensor in state_tensors(model).items()}
 
 
 def load_model(model: nn.Module, saved: SavedState) -> None:
@@ -93,67 +93,69 @@ def load_model(model: nn.Module, saved: SavedState) -> None:
         ValueError: `saved` lacks one of them, or has it in another size.
     """
     for name, tensor in state_tensors(model).items():
-        load_piece(tensor, Piece.whole(name, tensor), saved)
+        load_slice(tensor, TensorSlice.whole(name, tensor), saved)
 
 
-def load_piece(values: Tensor, piece: Piece, saved: SavedState) -> None:
-    """Overwrite `values` with those of `piece` of the model.
+def load_slice(values: Tensor, tensor_slice: TensorSlice, saved: SavedState) -> None:
+    """Overwrite `values` with those of `tensor_slice` of the model.
 
     Raises:
         ValueError: `saved` lacks the parameter, or has it in another shape.
     """
-    name = f"model/{piece.name}"
-    if name not in saved.shapes or tuple(saved.shapes[name]) != tuple(piece.shape):
-        raise ValueError(f"{piece.name} is saved as {saved.shapes.get(name)}: {tuple(piece.shape)} is needed")
-    read = saved.read(name, piece.start, piece.stop)
+    name = f"model/{tensor_slice.name}"
+    if name not in saved.shapes or tuple(saved.shapes[name]) != tuple(tensor_slice.shape):
+        raise ValueError(
+            f"{tensor_slice.name} is saved as {saved.shapes.get(name)}: {tuple(tensor_slice.shape)} is needed"
+        )
+    read = saved.read(name, tensor_slice.start, tensor_slice.stop)
     if values.is_contiguous():
         sync_params({name: [values.view(-1)]}, {name: [read]})
     else:
         values.copy_(read.view(values.shape))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, pieces: Mapping[Tensor, Piece]) -> State:
-    """The state of `optimizer`, whose parameters are `pieces` of the model's. No copies.
+def optimizer_state(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, TensorSlice]) -> State:
+    """The state of `optimizer`, whose parameters are `slices` of the model's. No copies.
 
     Raises:
         ValueError: it keeps something that is neither one number for each element, nor one for all.
     """
     state: State = {}
     for parameter, kinds in optimizer.state.items():
-        piece = pieces[parameter]
+        tensor_slice = slices[parameter]
         for kind, value in kinds.items():
             if value is None:
                 continue
-            tensor, name = torch.as_tensor(value), f"optimizer/{kind}/{piece.name}"
+            tensor, name = torch.as_tensor(value), f"optimizer/{kind}/{tensor_slice.name}"
             if tensor.shape == parameter.shape and kind != "step":
-                state[name] = Part.of(tensor, piece)
+                state[name] = Shard.of(tensor, tensor_slice)
             elif tensor.dim() == 0:
-                if piece.start == 0:  # the others have the same
-                    state[name] = Part.whole(tensor)
+                if tensor_slice.start == 0:  # the others have the same
+                    state[name] = Shard.whole(tensor)
             else:
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {kind} of {tuple(tensor.shape)} for {piece.name}: only an "
-                    "optimizer that works element by element can be saved and cut"
+                    f"{type(optimizer).__name__} keeps {kind} of {tuple(tensor.shape)} for {tensor_slice.name}: only "
+                    "an optimizer that works element by element can be saved and cut"
                 )
     return state
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, pieces: Mapping[Tensor, Piece], saved: SavedState) -> None:
-    """Give `optimizer` the saved state of its `pieces`, whatever its own was."""
+def load_optimizer(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, TensorSlice], saved: SavedState) -> None:
+    """Give `optimizer` the saved state of its `slices`, whatever its own was."""
     kinds = {name.split("/")[1] for name in saved.shapes if name.startswith("optimizer/")}
     by_index: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
-        piece = pieces[parameter]
+        tensor_slice = slices[parameter]
         for kind in sorted(kinds):
-            name = f"optimizer/{kind}/{piece.name}"
+            name = f"optimizer/{kind}/{tensor_slice.name}"
             if name not in saved.shapes:
                 continue
-            if kind == "step" or saved.shapes[name] != tuple(piece.shape):
+            if kind == "step" or saved.shapes[name] != tuple(tensor_slice.shape):
                 value = saved.read(name).view(()).clone()
             else:
                 # Fused optimizers walk through memory: they take the elements for others unless the strides are equal.
                 value = torch.empty_like(parameter)
-                value.copy_(saved.read(name, piece.start, piece.stop).view(parameter.shape))
+                value.copy_(saved.read(name, tensor_slice.start, tensor_slice.stop).view(parameter.shape))
             by_index.setdefault(index, {})[kind] = value.detach()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})

@@ -1,19 +1,19 @@
-"""ZeRO (Rajbhandari et al. 2020, section 5): what every rank would hold alike is cut, and each rank holds one part.
+"""ZeRO (Rajbhandari et al. 2020, section 5): what every replica would hold alike is sharded over the ranks.
 
     stage 1   the optimizer's state                                  P_os
     stage 2   and the gradients, block by block as they are reduced  P_os+g
     stage 3   and the parameters, gathered block by block, one block ahead of use, and freed after it   P_os+g+p
 
-A model is an ordered list of blocks; what a block's parameters are is found as the list is dealt, so that at stage 3 no
-rank ever holds more than one block whole. With P parameters of b bytes on N ranks and an optimizer that keeps k values
+A model is an ordered list of blocks, sharded as they are built, so that at stage 3 no rank ever holds more than one
+block whole. With P parameters of b bytes on N ranks and an optimizer that keeps k values
 for each of them, a rank holds b P (2 + k/N), b P (1 + (1 + k)/N) or b P (2 + k)/N bytes, and besides, in passing, two
 blocks. An update sends b P (N - 1)/N bytes a rank twice at stage 1; at stages 2 and 3, where each of m micro-batches is
 reduced by itself, 1 + m times and 3 m times.
 """
 
 import math
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from lockstep.comm.cluster import Cluster
 from lockstep.data.batch import Batch
 from lockstep.parallel.merge import state_tensors
-from lockstep.parallel.parted import PartedModel
+from lockstep.parallel.sharded_model import ShardedModel
+from lockstep.parallel.step import accumulate_gradients
 from lockstep.parallel.strategy import Blocks, BuildOptimizer, Objective, Strategy
-from lockstep.parallel.tensor_slices import Part, Piece, SavedState, State, load_piece
-from lockstep.runtime.seeding import seed_update
+from lockstep.parallel.tensor_slices import SavedState, Shard, State, TensorSlice, load_slice
 from lockstep.settings import GradientSettings
 
 
@@ -42,76 +42,80 @@ class Zero(Strategy):
         """
         self._stage = stage
         self._num_micro_batches = settings.num_micro_batches
-        self._parted = parted = PartedModel(blocks, cluster, stage)
-        optimizer = build_optimizer(parted.model)
-        pieces = self._hand_parts_to(optimizer)
+        self._sharded = sharded = ShardedModel(blocks, cluster, stage)
+        optimizer = build_optimizer(sharded.model)
+        slices = self._give_shards_to(optimizer)
         super().__init__(
-            cluster, settings, parted.model, optimizer, pieces, parted.like, parted.first_names, replicas=cluster
+            cluster, settings, sharded.model, optimizer, slices, sharded.meta_state, sharded.first_names, cluster
         )
         self._loss = torch.zeros((), dtype=torch.float64, device=cluster.device)
 
-    def _hand_parts_to(self, optimizer: torch.optim.Optimizer) -> dict[Tensor, Piece]:
-        """In place of whole parameters, `optimizer` shall update this rank's pieces of them, in the same groups."""
-        pieces: dict[Tensor, Piece] = {}
+    def _give_shards_to(self, optimizer: torch.optim.Optimizer) -> dict[Tensor, TensorSlice]:
+        """Have `optimizer` update this rank's slices in place of the parameters, in the same groups."""
+        slices: dict[Tensor, TensorSlice] = {}
         for group in optimizer.param_groups:
             held = []
             for parameter in group["params"]:
-                if (found := self._parted.shares.get(self._parted.names[parameter])) is not None:
-                    flat, share = found
-                    piece = nn.Parameter(share.of(flat.part), requires_grad=not flat.is_frozen)
-                    if flat.gradient_part is not None:
-                        piece.grad = share.of(flat.gradient_part)
-                    pieces[piece] = share.piece
-                    held.append(piece)
+                if (found := self._sharded.slices.get(self._sharded.names[parameter])) is not None:
+                    flat, flat_slice = found
+                    values = nn.Parameter(flat_slice.of(flat.shard), requires_grad=not flat.is_frozen)
+                    if flat.gradient_shard is not None:
+                        values.grad = flat_slice.of(flat.gradient_shard)
+                    slices[values] = flat_slice.tensor_slice
+                    held.append(values)
             group["params"] = held
         if optimizer.state:
             raise ValueError(f"{type(optimizer).__name__} makes its state before the first step: it cannot be cut")
-        return pieces
+        return slices
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
-    def _backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
-        seed_update(seed, batch.inputs.device)
-        self._parted.begin_gradients()
+    def zero_gradients(self) -> None:
+        self._sharded.zero_gradients()
         self._loss.zero_()
-        tallies: list[Tensor] = []
-        for piece in self._equal_pieces(batch):
-            loss, tally = objective.loss_sum(objective.outputs(self.model, piece.inputs), piece)
-            loss = loss / batch.global_size
-            self._loss += loss.detach()
-            loss.backward()
-            self._parted.end_pass()
-            tallies.append(tally)
-        return reduce(torch.add, tallies)
 
-    def _equal_pieces(self, batch: Batch) -> list[Batch]:
-        """As many micro-batches on every rank, since each is a collective; some may be empty."""
+    def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
+        return accumulate_gradients(self, batch, objective, seed)
+
+    def micro_batches(self, batch: Batch) -> Sequence[Batch]:
+        """As many on every rank, since each is a collective; some may be empty."""
         largest = -(-batch.global_size // self._cluster.size)
         return batch.split(max(1, min(self._num_micro_batches, largest)), allow_empty=True)
 
-    def reduce_gradients(self) -> None:
-        self._parted.reduce_gradients()
+    def loss_divisor(self, batch: Batch) -> int:
+        return batch.global_size
 
-    def _squared_norm(self) -> float:
-        squares = [torch.linalg.vector_norm(part).double() ** 2 for part in self._reduced_gradients()]
+    def backward(self, loss: Tensor, is_last: bool) -> None:  # noqa: ARG002  # each is reduced by itself
+        """Collective: add the gradients of a micro-batch's `loss`."""
+        self._loss += loss.detach()
+        loss.backward()
+        self._sharded.end_pass()
+
+    def reduce_gradients(self) -> None:
+        self._sharded.reduce_gradients()
+
+    def squared_gradient_norm(self) -> float:
+        squares = [torch.linalg.vector_norm(shard).double() ** 2 for shard in self.reduced_gradients()]
         sums = torch.stack([self._loss, torch.stack(squares).sum()])
         loss, squared_norm = self._cluster.sum_(sums, name="norm").tolist()
         return squared_norm if math.isfinite(loss) else math.nan
 
-    def _reduced_gradients(self) -> Sequence[Tensor]:
-        return [flat.gradient_part for flat in self._parted.flats if flat.gradient_part is not None]
+    def reduced_gradients(self) -> Sequence[Tensor]:
+        return [flat.gradient_shard for flat in self._sharded.flats if flat.gradient_shard is not None]
 
-    def _not_finite(self, batch: Batch, objective: Objective, seed: int) -> list[str]:
-        with self._parted.inspecting() as found:
-            self._backward(batch, objective, seed)
-        return [*([] if self._loss.isfinite() else ["the loss"]), *found]
+    @contextmanager
+    def local_gradients(self) -> Iterator[list[str]]:
+        with self._sharded.local_gradients() as names:
+            yield names
+        if not self._loss.isfinite():
+            names.insert(0, "the loss")
 
-    def _step(self) -> None:
-        super()._step()
-        self._publish()
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        self._gather_parameters()
 
-    def _publish(self) -> None:
-        self._parted.publish()
+    def _gather_parameters(self) -> None:
+        self._sharded.gather_parameters()
 
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
         with torch.no_grad():
@@ -120,23 +124,26 @@ class Zero(Strategy):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _model_state(self) -> State:
-        state = {name: Part.of(share.of(flat.part), share.piece) for name, (flat, share) in self._parted.shares.items()}
-        for name, first in self._parted.first_names.items():
+        state = {
+            name: Shard.of(flat_slice.of(flat.shard), flat_slice.tensor_slice)
+            for name, (flat, flat_slice) in self._sharded.slices.items()
+        }
+        for name, first in self._sharded.first_names.items():
             if first in state:
                 state[name] = state[first]
         if self._cluster.is_root:
-            state |= {name: Part.whole(buffer) for name, buffer in self._saved_buffers().items()}
-        return {f"model/{name}": state[name] for name in self.like if name in state}
+            state |= {name: Shard.whole(buffer) for name, buffer in self._saved_buffers().items()}
+        return {f"model/{name}": state[name] for name in self.meta_state if name in state}
 
     def _saved_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.like}
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.meta_state}
 
     def _load_model(self, saved: SavedState) -> None:
-        for flat, share in self._parted.shares.values():
-            load_piece(share.of(flat.part), share.piece, saved)
+        for flat, flat_slice in self._sharded.slices.values():
+            load_slice(flat_slice.of(flat.shard), flat_slice.tensor_slice, saved)
         for name, buffer in self._saved_buffers().items():
-            load_piece(buffer, Piece.whole(name, buffer), saved)
-        self._parted.publish(with_frozen=True)
+            load_slice(buffer, TensorSlice.whole(name, buffer), saved)
+        self._sharded.gather_parameters(with_frozen=True)
 
     def _replicated(self) -> dict[str, Tensor]:
         buffers = {f"model/{name}": buffer for name, buffer in self._saved_buffers().items()}
@@ -145,12 +152,14 @@ class Zero(Strategy):
         return {f"model/{name}": tensor for name, tensor in state_tensors(self.model).items()}
 
     def _part_to_merge(self, name: str) -> Tensor:
-        name = self._parted.first_names.get(name, name)
-        if name in self._parted.shares:
-            flat, share = self._parted.shares[name]
-            return share.of(flat.part)
+        name = self._sharded.first_names.get(name, name)
+        if name in self._sharded.slices:
+            flat, flat_slice = self._sharded.slices[name]
+            return flat_slice.of(flat.shard)
         buffers = self._saved_buffers() if self._cluster.is_root else {}
-        return buffers[name].detach().flatten() if name in buffers else torch.empty(0, dtype=self.like[name].dtype)
+        return (
+            buffers[name].detach().flatten() if name in buffers else torch.empty(0, dtype=self.meta_state[name].dtype)
+        )
 
     @property
     def is_saved_here(self) -> bool:

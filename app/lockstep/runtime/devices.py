@@ -68,4 +68,4 @@ def check_gpus(names: Sequence[str | None]) -> None:
         raise SettingsError(
             f"several ranks share {shared_gpus[0]}, which NCCL refuses: start one rank for each GPU, or hide the "
             "GPUs to compute on the CPU: CUDA_VISIBLE_DEVICES= mpirun ..."
-        ).on_all_ranks()
+        ).as_shared()

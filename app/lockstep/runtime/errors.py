@@ -37,7 +37,7 @@ class LockstepError(Exception):
     exit_code = ExitCode.BUG
     shared = False
 
-    def on_all_ranks(self) -> Self:
+    def as_shared(self) -> Self:
         """This error, marked as one that every rank raises in the same place."""
         self.shared = True
         return self

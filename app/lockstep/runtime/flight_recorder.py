@@ -63,7 +63,7 @@ class Heartbeat:
     seen: str
 
 
-class Recorder:
+class FlightRecorder:
     """This rank's record. Without a file it is kept in memory, for the accounts alone.
 
     Attributes:

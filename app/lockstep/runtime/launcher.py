@@ -138,7 +138,7 @@ def check_launcher(launcher: Launcher, mpi_size: int, mpi_version: str, mpirun: 
     if ranks_are_lost(launcher, mpi_size):
         command = shlex.join([*this_program(), *sys.argv[1:]])
         fix = how_to_start(launcher, mpi_version, mpirun, command)
-        raise SettingsError(f"{describe_loss(launcher, mpi_size, mpi_version)}. {fix}").on_all_ranks()
+        raise SettingsError(f"{describe_loss(launcher, mpi_size, mpi_version)}. {fix}").as_shared()
 
 
 def describe_loss(launcher: Launcher, mpi_size: int, mpi_version: str) -> str:

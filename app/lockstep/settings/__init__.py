@@ -10,7 +10,7 @@ from lockstep.settings.learning import GradientSettings, OptimizerSettings, Pipe
 from lockstep.settings.model import ModelSettings, VitSettings
 from lockstep.settings.run import (
     CheckpointSettings,
-    ProofSettings,
+    CheckSettings,
     StallSettings,
     StopSettings,
     parse_loggers,
@@ -18,6 +18,7 @@ from lockstep.settings.run import (
 )
 
 __all__ = [
+    "CheckSettings",
     "CheckpointSettings",
     "DataSettings",
     "EnvSettings",
@@ -26,7 +27,6 @@ __all__ = [
     "OptimizerSettings",
     "PipelineSettings",
     "PpoSettings",
-    "ProofSettings",
     "Settings",
     "StallSettings",
     "StopSettings",
@@ -82,7 +82,7 @@ class Settings:
     gradient: GradientSettings = field(default_factory=GradientSettings)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    proof: ProofSettings = field(default_factory=ProofSettings)
+    checks: CheckSettings = field(default_factory=CheckSettings)
     stop: StopSettings = field(default_factory=StopSettings)
     stall: StallSettings = field(default_factory=StallSettings)
 
@@ -138,8 +138,10 @@ class Settings:
         )
 
     def _check_ppo(self) -> None:
-        how, proof = self.parallel, self.proof
+        how, checks = self.parallel, self.checks
         check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, with the whole model there")
-        check(proof.non_finite == "stop", "proof.non_finite", proof.non_finite, "of ppo's many steps some may be done")
-        check(not proof.ledger, "proof.ledger", proof.ledger, "ppo has no data set of which it could keep account")
+        check(
+            checks.non_finite == "stop", "checks.non_finite", checks.non_finite, "of ppo's many steps some may be done"
+        )
+        check(not checks.ledger, "checks.ledger", checks.ledger, "ppo has no data set of which it could keep account")
         check(self.model.name != "net", "model.name", "net", "ppo needs a policy: mlp or nature_cnn")

@@ -9,7 +9,7 @@ import shlex
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.hints import in_environment, this_program
 from lockstep.settings import Settings
+from lockstep.settings.old_names import rename_in_file, rename_variables, with_new_names
 from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_code, read_source
 
 PRESETS = Path(__file__).parent / "presets"
@@ -77,6 +78,8 @@ class _Parser(ArgumentParser):
                 raise TypeError(f"{path} gives {name}, which is for the command line only")
             if name in GROUPS and isinstance(value, str):
                 raise TypeError(f"{path} gives {name} as {value}: it must say itself what is in that group")
+        if (renamed := rename_in_file(content)) != content:
+            source = replace(source, text=yaml.safe_dump(renamed, sort_keys=False))
         self.sources.append(source)
         return source.text + NO_FILE_NAME
 
@@ -129,7 +132,7 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         SettingsError: a setting is unknown or wrong.
         SystemExit: for --help and --print_config.
     """
-    args = sys.argv[1:] if args is None else args
+    args = _with_new_names(sys.argv[1:] if args is None else args)
     parser = _parser(default_env=True)
     parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
     try:
@@ -156,6 +159,7 @@ def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]
         SettingsError: one of either is unknown or wrong.
         SystemExit: for --help and --print_config.
     """
+    args = _with_new_names(args)
     parser = _parser(default_env=True, prog="lockstep benchmark", description=options.__doc__ or "")
     parser.add_class_arguments(options)
     try:
@@ -197,6 +201,14 @@ def dump_settings(settings: Settings) -> str:
 def flat_settings(settings: Settings) -> dict[str, Any]:
     """All of them by their full names, such as `optimizer.learning_rate`."""
     return _flat(asdict(settings))
+
+
+def _with_new_names(args: Sequence[str]) -> list[str]:
+    """`args` and the environment by today's names; tells which had an old one."""
+    replaced, told = with_new_names(args)
+    for line in [*told, *rename_variables(ENVIRONMENT_PREFIX)]:
+        print(f"lockstep: {line}", file=sys.stderr, flush=True)
+    return replaced
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,13 +44,13 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class ProofSettings:
+class CheckSettings:
     """How closely a run watches itself."""
 
     ledger: bool = False
     """Record which rank learned from which samples in which update; `lockstep verify` reads it."""
 
-    sentinel_interval: int = 100
+    replica_interval: int = 100
     """Updates between two comparisons of model, optimizer and learning rate over the ranks; 0: only at the end."""
 
     non_finite: Literal["stop", "skip"] = "stop"
@@ -60,7 +60,7 @@ class ProofSettings:
     """Refuse operations that may give other bits in another run (GPUs; on CPUs all are deterministic)."""
 
     def __post_init__(self) -> None:
-        check(self.sentinel_interval >= 0, "proof.sentinel_interval", self.sentinel_interval, "it must not be negative")
+        check(self.replica_interval >= 0, "checks.replica_interval", self.replica_interval, "it must not be negative")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Classify(Task):
     """Builds the model and its data, gives the loss and evaluates."""
 
     samples = "images"
-    tally_size = 3  # loss sum, number correct, number of samples
+    num_metric_sums = 3  # loss sum, number correct, number of samples
     curves = ("loss", "accuracy")
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
@@ -132,19 +132,19 @@ class Classify(Task):
             return (1 - smoothing) * loss - smoothing * outputs.mean(1).sum()
         return loss
 
-    def scores(self, tally: Sequence[float]) -> dict[str, float]:
-        loss_sum, num_correct, num_samples = tally
+    def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
+        loss_sum, num_correct, num_samples = metric_sums
         return {"loss": loss_sum / num_samples, "accuracy": num_correct / num_samples} if num_samples else {}
 
     @override
     def line(
-        self, epoch: int, unit: LabelledBatch, num_samples: int, mean: dict[str, float], last: dict[str, float]
+        self, epoch: int, item: LabelledBatch, num_samples: int, mean: dict[str, float], last: dict[str, float]
     ) -> str:
         """The loss is that of the named global batch, as in the reference."""
-        return f"Epoch: {epoch}, Batch: {unit.index}, Loss: {last['loss']:.4f}"
+        return f"Epoch: {epoch}, Batch: {item.index}, Loss: {last['loss']:.4f}"
 
     @override
-    def must_stay(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
+    def immutable_settings(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
         data = self.settings.data
         return {
             "data.name": data.name,

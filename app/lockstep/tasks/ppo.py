@@ -25,6 +25,7 @@ from lockstep.data.batch import Batch
 from lockstep.data.sharding import shard_bounds
 from lockstep.models.actions import build_actions
 from lockstep.models.policy import policy_blocks
+from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.seeding import seed_model, update_seed
@@ -36,7 +37,7 @@ from lockstep.tasks.task import Forward, Task, evaluating
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 KL = LOSSES.index("approx_kl")
-COUNT = len(LOSSES)  # where a tally has the number of samples; episodes come after it
+COUNT = len(LOSSES)  # where metric sums have the number of samples; episodes come after it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Ppo(Task):
     """Acts in environments, and learns to act better."""
 
     samples = "steps"
-    tally_size = len(LOSSES) + 1 + 3
+    num_metric_sums = len(LOSSES) + 1 + 3
     curves = ("return", "policy_loss", "value_loss", "entropy")
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
@@ -75,7 +76,7 @@ class Ppo(Task):
         num_envs = settings.env.num_envs
         if num_envs < cluster.size:
             message = f"env.num_envs is {num_envs}: each of the {cluster.size} ranks needs one or more"
-            raise SettingsError(message).on_all_ranks()
+            raise SettingsError(message).as_shared()
         if settings.ppo.preemption_threshold is not None:
             cluster.require_mpi("ppo.preemption_threshold is set: ranks tell each other when they have finished")
         start, stop = shard_bounds(num_envs, cluster.size)[cluster.rank : cluster.rank + 2]
@@ -127,43 +128,43 @@ class Ppo(Task):
 
     @override
     def learn(
-        self, unit: Rollout, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None
+        self, item: Rollout, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None
     ) -> Tensor:
         """Collective: K epochs; all ranks end early together, when the policy has gone further than `target_kl`."""
         ppo = self.settings.ppo
         with torch.no_grad():
-            whole = self._whole(unit)
+            whole = self._whole(item)
         orders = [
-            generator.permuted(np.tile(np.arange(len(unit.rewards)), (ppo.num_epochs, 1)), axis=1)
-            for generator in unit.generators
+            generator.permuted(np.tile(np.arange(len(item.rewards)), (ppo.num_epochs, 1)), axis=1)
+            for generator in item.generators
         ]
-        tally = torch.zeros(self.tally_size, dtype=torch.float64, device=self.cluster.device)
-        tally[COUNT + 1 :] = unit.episodes
+        metric_sums = torch.zeros(self.num_metric_sums, dtype=torch.float64, device=self.cluster.device)
+        metric_sums[COUNT + 1 :] = item.episodes
         for epoch in range(ppo.num_epochs):
-            of_epoch = torch.zeros_like(tally[: COUNT + 1])
+            of_epoch = torch.zeros_like(metric_sums[: COUNT + 1])
             order = np.stack([of_env[epoch] for of_env in orders], axis=1)
-            for index, minibatch in enumerate(self._minibatches(whole, unit, order)):
+            for index, minibatch in enumerate(self._minibatches(whole, item, order)):
                 step_seed = update_seed(seed, epoch, index)
-                of_epoch += strategy.update(minibatch, self, step_seed, before_step)
-            tally[: COUNT + 1] += of_epoch
+                of_epoch += train_step(strategy, minibatch, self, step_seed, before_step)
+            metric_sums[: COUNT + 1] += of_epoch
             if ppo.target_kl is not None:
                 sums = self.cluster.sum_(of_epoch, name="divergence")
                 if float(sums[KL]) > ppo.target_kl * float(sums[COUNT]):
                     break
-        return tally
+        return metric_sums
 
-    def _whole(self, unit: Rollout) -> Minibatch:
+    def _whole(self, item: Rollout) -> Minibatch:
         """Collective: all steps of the rollout, step by step and in it environment by environment."""
         ppo = self.settings.ppo
-        distributions, values = _split(unit.outputs)
+        distributions, values = _split(item.outputs)
         advantages = generalised_advantages(
-            unit.rewards, values, unit.next_values, unit.ends, ppo.gamma, ppo.gae_lambda
+            item.rewards, values, item.next_values, item.ends, ppo.gamma, ppo.gae_lambda
         )
         returns = (advantages + values).flatten()
-        actions = unit.actions.flatten(0, 1)
+        actions = item.actions.flatten(0, 1)
         return Minibatch(
-            unit.observations.flatten(0, 1),
-            unit.global_size,
+            item.observations.flatten(0, 1),
+            item.global_size,
             actions,
             self.actions.log_prob_and_entropy(distributions.flatten(0, 1), actions)[0],
             normalise(advantages.flatten(), self.cluster),
@@ -171,7 +172,7 @@ class Ppo(Task):
             values.flatten(),
         )
 
-    def _minibatches(self, whole: Minibatch, unit: Rollout, order: Any) -> Iterator[Minibatch]:
+    def _minibatches(self, whole: Minibatch, item: Rollout, order: Any) -> Iterator[Minibatch]:
         """
         Args:
             order: (T, n) the steps of each environment, shuffled.
@@ -182,9 +183,9 @@ class Ppo(Task):
             return
         num_envs = order.shape[1]
         sizes = [
-            sum(len(piece) * envs for piece, envs in zip(pieces, unit.envs_of_ranks, strict=True))
+            sum(len(piece) * envs for piece, envs in zip(pieces, item.envs_of_ranks, strict=True))
             for pieces in zip(
-                *(np.array_split(np.arange(steps), num_minibatches) for steps in unit.steps_of_ranks), strict=True
+                *(np.array_split(np.arange(steps), num_minibatches) for steps in item.steps_of_ranks), strict=True
             )
         ]
         for rows, global_size in zip(np.array_split(order, num_minibatches), sizes, strict=True):
@@ -210,25 +211,25 @@ class Ppo(Task):
             divergence = ratio - 1 - log_ratio  # of the old policy from the new one (Schulman 2020: k3)
             clipped = ((ratio - 1).abs() > ppo.clip).to(ratio.dtype)
             watched = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
-            tally = torch.cat([sums, watched]).double()
-        return self._weights @ sums, tally
+            metric_sums = torch.cat([sums, watched]).double()
+        return self._weights @ sums, metric_sums
 
-    def scores(self, tally: Sequence[float]) -> dict[str, float]:
-        count, (returns, lengths, num_episodes) = tally[COUNT], tally[COUNT + 1 :]
+    def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
+        count, (returns, lengths, num_episodes) = metric_sums[COUNT], metric_sums[COUNT + 1 :]
         if not count:
             return {}
-        means = {name: tally[index] / count for index, name in enumerate(LOSSES)}
+        means = {name: metric_sums[index] / count for index, name in enumerate(LOSSES)}
         if num_episodes:
             means |= {"return": returns / num_episodes, "length": lengths / num_episodes, "episodes": num_episodes}
         return means
 
     @override
-    def line(self, epoch: int, unit: Rollout, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
+    def line(self, epoch: int, item: Rollout, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
         episodes = f"{mean['return']:.2f} in {mean['episodes']:.0f} episodes" if "return" in mean else "no episode yet"
         return f"Update: {epoch + 1}, Steps: {num_samples}, Return: {episodes}, Entropy: {mean['entropy']:.3f}"
 
     @override
-    def must_stay(self, loader: Rollouts, num_shards: int) -> dict[str, Any]:
+    def immutable_settings(self, loader: Rollouts, num_shards: int) -> dict[str, Any]:
         env = self.settings.env
         return {
             "env.id": env.id,

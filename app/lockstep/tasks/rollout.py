@@ -22,7 +22,7 @@ from lockstep.models.actions import Actions
 from lockstep.runtime.seeding import update_seed
 from lockstep.settings import Settings
 from lockstep.tasks.environments import Environments, Step
-from lockstep.tasks.rollout_preemption import Race
+from lockstep.tasks.rollout_preemption import RolloutPreemption
 from lockstep.tasks.task import evaluating
 
 LEAST_SHARE = 0.25  # of its steps that a preempted rank has done (Wijmans et al. 2020, appendix)
@@ -106,7 +106,7 @@ class Rollouts:
         self._envs_of_ranks = [stop - start for start, stop in pairwise(bounds)]
         self._envs = range(bounds[cluster.rank], bounds[cluster.rank + 1])  # this rank's, in the whole vector
         threshold = settings.ppo.preemption_threshold
-        self._race = Race(cluster) if threshold is not None and cluster.size > 1 else None
+        self._race = RolloutPreemption(cluster) if threshold is not None and cluster.size > 1 else None
         self._enough = math.ceil((threshold or 1.0) * cluster.size)  # ranks that make the others stop
         self._current: NDArray[Any] | None = None  # observations; None: to begin anew
         self._returns = np.zeros(len(self._envs))

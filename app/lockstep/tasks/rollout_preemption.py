@@ -5,7 +5,7 @@ from lockstep.comm.ranks import Ranks
 TAG = 4
 
 
-class Race:
+class RolloutPreemption:
     """One round after the other: each rank works, asks now and then how many have finished, and finishes."""
 
     def __init__(self, ranks: Ranks) -> None:

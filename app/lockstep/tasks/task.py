@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.data.sharding import Ids
+from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.settings import Settings
 
 Forward = Callable[[Tensor], Tensor | None]
 
 
-class Unit(Protocol):
+class WorkItem(Protocol):
     """What one update learns from: this rank's part of it."""
 
     @property
@@ -37,10 +38,10 @@ class Unit(Protocol):
 
 
 class Loader(Protocol):
-    """Yields the units of work, with a position to go on from.
+    """Yields the work items, with a position to go on from.
 
     Attributes:
-        epoch: that the next unit belongs to.
+        epoch: that the next work item belongs to.
         consumed: how much of that epoch has been given away.
     """
 
@@ -88,18 +89,18 @@ class Evaluation(Protocol):
 
 
 class Task(ABC):
-    """Builds the model, yields the next unit of work, gives the loss and evaluates. It is a strategy's `Objective`.
+    """Builds the model, yields the next work item, gives the loss and evaluates. It is a strategy's `Objective`.
 
     Attributes:
         samples: what is counted, for people.
-        tally_size: numbers that an update adds up on each rank.
+        num_metric_sums: numbers that an update adds up on each rank.
         curves: names in metrics.jsonl that are worth a picture.
         cluster, settings: of the run.
         dtype: of parameters.
     """
 
     samples: ClassVar[str]
-    tally_size: ClassVar[int]
+    num_metric_sums: ClassVar[int]
     curves: ClassVar[tuple[str, ...]]
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
@@ -138,7 +139,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss summed over `batch`, and its tally (tally_size,) float64."""
+        """The loss summed over `batch`, and its metric sums (num_metric_sums,) float64."""
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -160,20 +161,20 @@ class Task(ABC):
             strategy: where the model is, for work that it takes part in.
         """
 
-    def learn(self, unit: Any, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None) -> Tensor:
-        """Collective: one update; the arguments and what it raises are those of `Strategy.update`.
+    def learn(self, item: Any, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None) -> Tensor:
+        """Collective: one update; the arguments and what it raises are those of `train_step`.
 
         Returns:
-            This rank's tally (tally_size,).
+            This rank's metric sums (num_metric_sums,).
         """
-        return strategy.update(unit, self, seed, before_step)
+        return train_step(strategy, item, self, seed, before_step)
 
     @abstractmethod
-    def scores(self, tally: Sequence[float]) -> dict[str, float]:
-        """The means that a tally over all ranks stands for, by name; empty if it counts nothing."""
+    def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
+        """The means that metric sums over all ranks stand for, by name; empty if they count nothing."""
 
     @abstractmethod
-    def line(self, epoch: int, unit: Any, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
+    def line(self, epoch: int, item: Any, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
         """A log line for people.
 
         Args:
@@ -183,7 +184,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def must_stay(self, loader: Any, num_shards: int) -> dict[str, Any]:
+    def immutable_settings(self, loader: Any, num_shards: int) -> dict[str, Any]:
         """What a run cannot change when it goes on, beside what holds for every task."""
 
     @abstractmethod

@@ -1,8 +1,10 @@
 """Puts together what the settings ask for."""
 
+from collections.abc import Sequence
+
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.pipeline import Pipeline
-from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
@@ -10,8 +12,9 @@ from lockstep.runtime.memory import give_freed_memory_back
 from lockstep.settings import Settings
 from lockstep.tasks.classify import Classify
 from lockstep.tasks.task import Task
+from lockstep.training.hooks import TrainerHook
 from lockstep.training.optim import build_optimizer
-from lockstep.training.position import Handover
+from lockstep.training.position import InMemoryCheckpoint
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.trainer import Trainer
 
@@ -35,25 +38,27 @@ def build_trainer(
     task: Task,
     folder: RunFolder,
     resume: bool = False,
-    handover: Handover | None = None,
+    handover: InMemoryCheckpoint | None = None,
+    hooks: Sequence[TrainerHook] = (),
 ) -> Trainer:
     """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
 
     Args:
         resume: go on from the last checkpoint in `folder`.
         handover: go on from this.
+        hooks: what is added to the run.
 
     Raises:
         SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
         StorageError: on every rank: there are checkpoints, and none of them is whole.
     """
-    layout = Layout.of(settings, cluster.rank, cluster.size)
-    strategy = build_strategy(cluster, settings, task, layout)
+    grid = RankGrid.of(settings, cluster.rank, cluster.size)
+    strategy = build_strategy(cluster, settings, task, grid)
     give_freed_memory_back()
-    return Trainer(cluster, settings, task, strategy, layout, folder, resume, handover)
+    return Trainer(cluster, settings, task, strategy, grid, folder, resume, handover, hooks)
 
 
-def build_strategy(cluster: Cluster, settings: Settings, task: Task, layout: Layout) -> Strategy:
+def build_strategy(cluster: Cluster, settings: Settings, task: Task, grid: RankGrid) -> Strategy:
     """Collective.
 
     Raises:
@@ -63,14 +68,14 @@ def build_strategy(cluster: Cluster, settings: Settings, task: Task, layout: Lay
         model = task.build_model()
         return Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
     if settings.parallel == "pipeline":
-        whole = settings.data.global_batch_size(layout.num_replicas)
-        example = task.example_inputs(-(-whole // (layout.num_replicas * settings.gradient.num_micro_batches)))
+        whole = settings.data.global_batch_size(grid.num_replicas)
+        example = task.example_inputs(-(-whole // (grid.num_replicas * settings.gradient.num_micro_batches)))
         return Pipeline(
             task.model_blocks,
             lambda model: build_optimizer(model, settings.optimizer),
             cluster,
             settings,
-            layout,
+            grid,
             task,
             example,
         )

@@ -25,8 +25,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lockstep.parallel.tensor_slices import Part, State, whole_tensors
+from lockstep.parallel.tensor_slices import Shard, State, whole_tensors
 from lockstep.runtime.errors import StorageError
+from lockstep.settings.old_names import NEW_NAMES
 from lockstep.training.run_folder import flush_folder, storage_errors
 
 FORMAT = 3
@@ -34,6 +35,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 2**30
 TEMPORARY = ".writing-"
+NEW_COUNTERS = {"must_stay": "immutable_settings", "window_of_ranks": "metric_sums_of_ranks"}  # old name: new name
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,15 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path} is torn: {error}") from error
     shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-    return Checkpoint(path, manifest["step"], manifest["counters"], shapes)
+    return Checkpoint(path, manifest["step"], _with_new_names(manifest["counters"]), shapes)
+
+
+def _with_new_names(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """`counters` of a release that called some of them, and of the settings in them, by other names."""
+    renamed = {NEW_COUNTERS.get(name, name): value for name, value in counters.items()}
+    if settings := renamed.get("immutable_settings"):
+        renamed["immutable_settings"] = {NEW_NAMES.get(name, name): value for name, value in settings.items()}
+    return renamed
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -223,7 +233,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdigit())
 
 
-def _key(name: str, part: Part) -> str:
+def _key(name: str, part: Shard) -> str:
     return name if part.is_whole else f"{name}[{part.start}:{part.start + part.values.numel()}]"
 
 

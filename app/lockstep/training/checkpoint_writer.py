@@ -27,6 +27,9 @@ class CheckpointWriter:
     Unless the settings say otherwise, a thread does it. It first copies the tensors into memory of its own, while the
     next forward and backward pass only read them: `wait_for_copy` must stand before whatever changes them. An error of
     the thread is raised by the next call.
+
+    Attributes:
+        seconds_waited: by `wait_for_copy`, in all.
     """
 
     def __init__(self, run: Path, settings: CheckpointSettings, ranks: Ranks) -> None:
@@ -42,6 +45,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._longest_seconds = 0.0
+        self.seconds_waited = 0.0
         self._copied = threading.Event()
         self._copied.set()
         ranks.on_root(self._prepare)
@@ -80,7 +84,10 @@ class CheckpointWriter:
 
     def wait_for_copy(self) -> None:
         """Until nothing needs the tensors of the last `save` any more: a moment."""
-        self._copied.wait()
+        if not self._copied.is_set():
+            started = time.perf_counter()
+            self._copied.wait()
+            self.seconds_waited += time.perf_counter() - started
 
     def wait(self) -> None:
         """Until nothing is being written.

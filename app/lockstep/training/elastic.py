@@ -1,4 +1,4 @@
-"""What the workers of an elastic job hand on from one crew to the next: the run, and where it stands.
+"""What the workers of an elastic job hand on from one generation to the next: the run, and where it stands.
 
 An update is done or not done: whatever a lost worker breaks off has not touched the model, since gradients are summed
 before the optimizer's step. But some of those who are left may have received the whole sum, and have done the update,
@@ -19,7 +19,7 @@ from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.settings.reading import DEFAULT_RUN
 from lockstep.training.loggers import check_loggers
-from lockstep.training.position import Handover
+from lockstep.training.position import InMemoryCheckpoint
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.run_logger import mark_after
 from lockstep.training.trainer import Trainer
@@ -66,7 +66,7 @@ class _Stand:
     """Where one worker stands, without the tensors: its trainer's `position`, their shapes and types."""
 
     position: dict[str, Any]
-    tally: list[float]
+    metric_sums: list[float]
     layout: dict[str, tuple[torch.Size, torch.dtype]]
 
     @property
@@ -74,12 +74,12 @@ class _Stand:
         return int(self.position["progress"]["step"])
 
 
-class Relay:
+class ElasticState:
     """What this worker knows: nothing if it is new.
 
     Attributes:
         run: what it is at.
-        trainer: that of the last crew it was in.
+        trainer: that of the last generation it was in.
     """
 
     def __init__(self) -> None:
@@ -90,8 +90,8 @@ class Relay:
         """Collective: the run that any worker knows; None if it has yet to begin."""
         return next((run for run in cluster.all_gather_object(self.run) if run), None)
 
-    def take_over(self, cluster: Cluster) -> Handover | None:
-        """Collective: what the new crew goes on from; None if no worker has got as far as having a model."""
+    def take_over(self, cluster: Cluster) -> InMemoryCheckpoint | None:
+        """Collective: what the new generation goes on from; None if no worker has got as far as having a model."""
         stands = cluster.all_gather_object(self._stand())
         steps = [stand.step if stand else -1 for stand in stands]
         leader = steps.index(max(steps))
@@ -110,13 +110,13 @@ class Relay:
             **stand.position,
             "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, stand.step)),
             # What the lost have counted since the last log line is lost with them.
-            "window_of_ranks": [other.tally if other else None for other in stands],
+            "metric_sums_of_ranks": [other.metric_sums if other else None for other in stands],
         }
-        return Handover(tensors, stand.step, counters)
+        return InMemoryCheckpoint(tensors, stand.step, counters)
 
     def leave(self) -> None:
-        """The crew is no more: what this worker still wrote is finished, or given up; then the model is as it was after
-        the last update that was done.
+        """Leave a generation that is no more: finish or give up what was being written, and put the model back to where
+        it was after the last update that was done.
         """
         if self.trainer:
             with contextlib.suppress(StorageError, *CUT_SHORT):
@@ -128,7 +128,7 @@ class Relay:
             return None
         state = self.trainer.strategy.state()
         layout = {name: (part.values.shape, part.values.dtype) for name, part in state.items()}
-        return _Stand(self.trainer.position(), self.trainer.window.tally(), layout)
+        return _Stand(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
 
 
 def check_elastic(settings: Settings) -> None:
@@ -136,7 +136,7 @@ def check_elastic(settings: Settings) -> None:
     Raises:
         SettingsError: on every rank: the run would mean something else when workers come and go.
     """
-    data, proof = settings.data, settings.proof
+    data, checks = settings.data, settings.checks
     refused = {
         "task is ppo, of which an update is many steps, not one that is done or not done: use mpirun": (
             settings.task == "ppo"
@@ -151,10 +151,10 @@ def check_elastic(settings: Settings) -> None:
             data.batch_size_per_rank is not None
         ),
         "profile is set, and the ranks whose updates are recorded may come and go: use mpirun": bool(settings.profile),
-        "proof.non_finite is skip, and the ledger is written before an update is known to be skipped: use stop": (
-            proof.ledger and proof.non_finite == "skip"
+        "checks.non_finite is skip, and the ledger is written before an update is known to be skipped: use stop": (
+            checks.ledger and checks.non_finite == "skip"
         ),
     }
     for why, is_so in refused.items():
         if is_so:
-            raise SettingsError(f"this job is elastic, and {why}").on_all_ranks()
+            raise SettingsError(f"this job is elastic, and {why}").as_shared()

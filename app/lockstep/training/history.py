@@ -7,7 +7,7 @@ from typing import Any
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.reading import flat_settings
-from lockstep.training.position import what_must_stay
+from lockstep.training.position import immutable_settings
 
 _LENGTHS = {"classify": "num_epochs", "ppo": "ppo.total_steps"}
 
@@ -37,7 +37,7 @@ def goes_on(was: Settings, now: Settings, who: str) -> bool:
     length = _LENGTHS[was.task]
     if not changed or (was.task == now.task and flat_settings(now)[length] > flat_settings(was)[length]):
         if changed:
-            _check_what_must_stay(was, now)
+            _check_immutable(was, now)
         return bool(changed)
     told = ", ".join(f"{name} is {after} and was {before}" for name, (before, after) in changed.items())
     raise SettingsError(
@@ -45,9 +45,9 @@ def goes_on(was: Settings, now: Settings, who: str) -> bool:
     )
 
 
-def _check_what_must_stay(was: Settings, now: Settings) -> None:
+def _check_immutable(was: Settings, now: Settings) -> None:
     """What settings alone can tell, before anything in the folder is touched; the checkpoint tells the rest."""
-    before, after = (json.loads(json.dumps(what_must_stay(settings, {}, num_shards=1))) for settings in (was, now))
+    before, after = (json.loads(json.dumps(immutable_settings(settings, {}, num_shards=1))) for settings in (was, now))
     for name, value in after.items():
         if before[name] != value and name in flat_settings(now):
             raise SettingsError(f"{name} is {value} and was {before[name]}: a run that goes on cannot change it")

@@ -8,28 +8,28 @@ from torch import Tensor
 from lockstep.comm.cluster import Cluster
 
 
-class Window:
-    """A task's tallies of the updates since the last log line."""
+class MetricAccumulator:
+    """The metric sums of a task over the updates since the last log line."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._total = torch.zeros(size, dtype=torch.float64, device=device)
         self._last = self._total.clone()
 
-    def add(self, tally: Tensor) -> None:
-        """`tally` (size,) float64 of one update on this rank. No collective, no wait for the device."""
-        self._total += tally
-        self._last = tally
+    def add(self, metric_sums: Tensor) -> None:
+        """`metric_sums` (size,) float64 of one update on this rank. No collective, no wait for the device."""
+        self._total += metric_sums
+        self._last = metric_sums
 
-    def tally(self) -> list[float]:
+    def metric_sums(self) -> list[float]:
         """This rank's part since the last reduction, to go on from."""
         return [float(value) for value in self._total.tolist()]
 
-    def restore(self, tallies: Sequence[Sequence[float] | None], cluster: Cluster) -> None:
-        """Go on from the tallies of all ranks of the run before: each takes its own, or rank 0 takes the sum; None
+    def restore(self, metric_sums: Sequence[Sequence[float] | None], cluster: Cluster) -> None:
+        """Go on from the metric sums of all ranks of the run before: each takes its own, or rank 0 takes the sum; None
         stands for a rank that has none.
         """
         nothing = [0.0] * len(self._total)
-        known = [tally or nothing for tally in tallies]
+        known = [sums or nothing for sums in metric_sums]
         if len(known) == cluster.size:
             mine = known[cluster.rank]
         else:

@@ -34,7 +34,7 @@ class Progress:
         return self.num_samples / max(self.seconds, 1e-9)
 
 
-class Handover(TensorState):
+class InMemoryCheckpoint(TensorState):
     """What a checkpoint holds, in rank 0's memory; the other ranks know names and shapes, and hold no values.
 
     Attributes:
@@ -49,7 +49,7 @@ class Handover(TensorState):
         self.path = "the memory of the ranks before"
 
 
-def what_must_stay(settings: Settings, of_task: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
+def immutable_settings(settings: Settings, of_task: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
     """What a run cannot change when it goes on, because its position and state would mean something else.
 
     Args:
@@ -63,7 +63,7 @@ def what_must_stay(settings: Settings, of_task: Mapping[str, Any], num_shards: i
         "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
         "gradient.reduction": settings.gradient.reduction,
         "gradient.wire": settings.gradient.wire,
-        "proof.ledger": settings.proof.ledger,  # one that begins in mid-run, or ends there, would prove nothing
+        "checks.ledger": settings.checks.ledger,  # one that begins in mid-run, or ends there, would prove nothing
         **of_task,
         "optimizer.name": settings.optimizer.name,
         "optimizer.decay_vectors": settings.optimizer.decay_vectors,

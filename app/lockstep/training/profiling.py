@@ -67,7 +67,7 @@ class Profiler:
         updates = settings.profiled_updates
         if updates and updates.start > num_updates:
             message = f"profile is {settings.profile}: the run has {num_updates} updates"
-            raise SettingsError(message).on_all_ranks()
+            raise SettingsError(message).as_shared()
         self._updates = range(updates.start, min(updates.stop, num_updates + 1))
         self._cluster = cluster
         self._folder = RunFolder(folder.path / PROFILE)
@@ -86,10 +86,10 @@ class Profiler:
                 self._begin()
             elif upcoming == self._updates.stop:
                 self.finish(progress)
-            unit = next(units, None)
-            if unit is None:
+            item = next(units, None)
+            if item is None:
                 return
-            yield unit
+            yield item
 
     def _begin(self) -> None:
         cluster = self._cluster

@@ -2,23 +2,24 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.elastic import CrewVote, train_with_crews
+from lockstep.comm.elastic import GenerationVote, run_elastic
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
 from lockstep.comm.program import tell
 from lockstep.comm.ranks import abort_job
 from lockstep.comm.stop import StopRequests, StopVote, end_time
 from lockstep.comm.watchdog import Watchdog
-from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.rank_grid import RankGrid
 from lockstep.runtime.memory import peak_mib
 from lockstep.runtime.seeding import make_deterministic
 from lockstep.settings import Settings
 from lockstep.settings.reading import parse_settings
 from lockstep.tasks.task import Evaluation
 from lockstep.training.build import build_task, build_trainer
-from lockstep.training.elastic import Relay, Run, check_elastic
+from lockstep.training.elastic import ElasticState, Run, check_elastic
+from lockstep.training.hooks import TrainerHook
 from lockstep.training.run_folder import RunFolder, storage_errors
 from lockstep.training.summary import summary_lines, write_summary
 from lockstep.training.tensor_file import TensorFileWriter
@@ -27,44 +28,44 @@ from lockstep.training.trainer import Trainer
 SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
 
 
-def run(cluster: Cluster, prepare: Callable[[Trainer], None] | None = None) -> None:
-    """Collective: one run, from its settings to its merged model. `prepare` sees the trainer before it begins."""
+def run(cluster: Cluster, hooks: Sequence[TrainerHook] = ()) -> None:
+    """Collective: one run, from its settings to its merged model; `hooks` are called on the way."""
     started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
-    relay = Relay()
+    state = ElasticState()
 
     def ends(settings: Settings) -> float | None:
         return end_time(settings.stop.after_minutes, started)
 
     if cluster.is_elastic:
-        train_with_crews(
+        run_elastic(
             cluster,
-            lambda crew, hosts: train(
-                crew, relay, lambda settings: CrewVote(crew, requests, ends(settings), hosts), prepare
+            lambda generation, hosts: train(
+                generation, state, lambda settings: GenerationVote(generation, requests, ends(settings), hosts), hooks
             ),
-            relay.leave,
+            state.leave,
         )
     else:
-        train(cluster, relay, lambda settings: StopVote(cluster, requests, ends(settings)), prepare)
+        train(cluster, state, lambda settings: StopVote(cluster, requests, ends(settings)), hooks)
 
 
 def train(
     cluster: Cluster,
-    relay: Relay,
+    state: ElasticState,
     vote: Callable[[Settings], StopVote],
-    prepare: Callable[[Trainer], None] | None = None,
+    hooks: Sequence[TrainerHook] = (),
 ) -> None:
-    """Collective: from the beginning, from a checkpoint or from where an earlier crew was, to the merged model."""
-    known = relay.run_of(cluster)
+    """Collective: train from the beginning, a checkpoint or an earlier generation's state, to the merged model."""
+    known = state.run_of(cluster)
     settings, resume = (known.settings, known.resume) if known else cluster.on_root(parse_settings)
     if cluster.is_elastic:
         check_elastic(settings)
-    if settings.proof.deterministic:
+    if settings.checks.deterministic:
         make_deterministic()
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
-    Layout.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
-    begun = relay.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
+    RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
+    begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = begun.folder
     if begun.is_over:
         if cluster.is_root:
@@ -78,11 +79,9 @@ def train(
         inventory = take_inventory(cluster)
         if cluster.is_root and not settings.quiet:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, begun.resume, relay.take_over(cluster))
-        relay.trainer = trainer
+        trainer = build_trainer(cluster, settings, task, folder, begun.resume, state.take_over(cluster), hooks)
+        state.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
-        if prepare:
-            prepare(trainer)
         cluster.recorder.take_seconds()  # without the start, for which all wait
         evaluation = trainer.train(vote(settings))
         seconds = cluster.recorder.take_seconds()
@@ -114,7 +113,7 @@ def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorF
         if not cluster.is_root:
             strategy.merge(None)
             return None
-        with folder.model_writer(strategy.like) as writer:
+        with folder.model_writer(strategy.meta_state) as writer:
             strategy.merge(writer.write)
         return writer
 

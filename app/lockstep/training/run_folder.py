@@ -186,9 +186,9 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
-    def model_writer(self, like: Mapping[str, Tensor]) -> Iterator[TensorFileWriter]:
+    def model_writer(self, meta_state: Mapping[str, Tensor]) -> Iterator[TensorFileWriter]:
         """Save the merged model tensor by tensor, with the digest of its content in the header of the file."""
-        with replacing(self.path / MODEL) as temporary, TensorFileWriter(temporary, like) as writer:
+        with replacing(self.path / MODEL) as temporary, TensorFileWriter(temporary, meta_state) as writer:
             yield writer
 
     def load_model(self) -> dict[str, Tensor]:

@@ -30,10 +30,10 @@ from lockstep.training.position import Progress as Position
 from lockstep.training.run_folder import RunFolder, json_number, storage_errors
 
 
-class Journal:
-    """The journal of every rank but 0: it keeps silent. Use as a context manager."""
+class RunLogger:
+    """The run log of every rank but 0: it keeps silent. Use as a context manager."""
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(
@@ -70,8 +70,8 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:.{1 if speed < 100 else 0}f}/s" if speed else "")
 
 
-class RootJournal(Journal):
-    """The journal of rank 0: metrics.jsonl and the loggers that were asked for, complete after each record.
+class RootRunLogger(RunLogger):
+    """The run log of rank 0: metrics.jsonl and the loggers that were asked for, complete after each record.
 
     Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
     """
@@ -113,7 +113,7 @@ class RootJournal(Journal):
         )
         self._bar = self._progress.add_task("updates", total=num_updates)
 
-    def __enter__(self) -> "RootJournal":
+    def __enter__(self) -> "RootRunLogger":
         self._progress.start()
         return self
 
@@ -159,7 +159,7 @@ class RootJournal(Journal):
 
 
 def mark_after(metrics: Path, step: int) -> int:
-    """The `mark` of a journal whose last writer is gone: how many bytes of `metrics` come before what was recorded
+    """The `mark` of a run log whose last writer is gone: how many bytes of `metrics` come before what was recorded
     after update `step`, or will be recorded anew.
     """
     mark = 0

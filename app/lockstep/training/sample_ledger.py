@@ -24,7 +24,7 @@ from lockstep.training.run_folder import storage_errors
 FOLDER = "ledger"
 
 
-class Ledger:
+class SampleLedger:
     """What this rank writes in one attempt. `path` None keeps no ledger."""
 
     def __init__(self, path: Path | None, num_samples: int, ahead: bool = False) -> None:
@@ -91,7 +91,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Account:
+class EpochCount:
     """What the ledger proves about one epoch.
 
     Attributes:
@@ -146,7 +146,7 @@ def last_attempt(run: Path) -> int:
     return max((name.attempt for name in _files(run)), default=-1)
 
 
-def read_ledger(run: Path) -> list[Account]:
+def read_ledger(run: Path) -> list[EpochCount]:
     """What was used in each epoch from the first on, over all attempts and ranks.
 
     Raises:
@@ -160,7 +160,7 @@ def read_ledger(run: Path) -> list[Account]:
         parts = [entry for entry in entries if entry.epoch == epoch]
         ids = np.concatenate([entry.ids for entry in parts]) if parts else np.array([], dtype=np.int64)
         num_skipped = sum(len(entry.ids) for entry in parts if entry.skipped)
-        accounts.append(Account(epoch, num_samples, len(ids), len(np.unique(ids)), num_skipped))
+        accounts.append(EpochCount(epoch, num_samples, len(ids), len(np.unique(ids)), num_skipped))
     return accounts
 
 
@@ -231,7 +231,7 @@ def _read(run: Path) -> list[_Attempt]:
     """All attempts in order."""
     names = _files(run)
     if not names:
-        raise StorageError(f"{run} holds no ledger: train with --proof.ledger true")
+        raise StorageError(f"{run} holds no ledger: train with --checks.ledger true")
     attempts = []
     for number in sorted({name.attempt for name in names}):
         of_ranks = [name for name in names if name.attempt == number]

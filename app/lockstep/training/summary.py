@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep.parallel.step import PHASES
 from lockstep.runtime.flight_recorder import stragglers
 from lockstep.runtime.hints import suggest
 from lockstep.tasks.task import Evaluation
@@ -11,7 +12,7 @@ from lockstep.training.run_folder import EVALUATION, MODEL, SUMMARY, RunFolder, 
 from lockstep.training.tensor_file import TensorFileWriter
 
 GROUPS = {  # of the phases that ranks record
-    "computing": ("forward and backward pass", "optimizer step"),
+    "computing": PHASES,
     "waiting": ("waiting",),
     "input": ("data loading", "steps of the environments"),
     "checkpoint": ("checkpoint", "merging"),

@@ -30,7 +30,7 @@ NO_DIGEST = "0" * 64
 
 
 class TensorFileWriter:
-    """Use as a context manager; `write` every tensor of `like`, in any order.
+    """Use as a context manager; `write` every tensor of `meta_state`, in any order.
 
     The file's header gets the `state_digest` of what was written.
 
@@ -38,12 +38,12 @@ class TensorFileWriter:
         digest: that digest, once all is written.
     """
 
-    def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
-        """`like` gives names, shapes and data types."""
+    def __init__(self, path: Path, meta_state: Mapping[str, Tensor]) -> None:
+        """`meta_state` gives names, shapes and data types."""
         header: dict[str, object] = {"__metadata__": {"digest": NO_DIGEST, "format": "pt"}}
         self._places: dict[str, int] = {}
         end = 0
-        for name, tensor in like.items():
+        for name, tensor in meta_state.items():
             start, end = end, end + tensor.nbytes
             self._places[name] = start
             place = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -52,7 +52,7 @@ class TensorFileWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
         self._digest_at = 8 + encoded.index(NO_DIGEST.encode())
-        self._like = like
+        self._meta_state = meta_state
         self._hashes: dict[str, str] = {}
         self.digest = NO_DIGEST
         self._file = path.open("wb")
@@ -62,7 +62,7 @@ class TensorFileWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        like = self._like[name]
+        like = self._meta_state[name]
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
         self._hashes[name] = content_hash(tensor)
         self._file.seek(self._start + self._places[name])
@@ -73,7 +73,7 @@ class TensorFileWriter:
     ) -> None:
         with self._file:
             if error is None:
-                assert self._hashes.keys() == self._like.keys()
+                assert self._hashes.keys() == self._meta_state.keys()
                 self.digest = digest_of_hashes(self._hashes)
                 self._file.seek(self._digest_at)
                 self._file.write(self.digest.encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-Change = tuple[float, str, str]  # when (seconds since the epoch), to what, for which collective: Recorder.history
+Change = tuple[float, str, str]  # when (seconds since the epoch), to what, for which collective: FlightRecorder.history
 
 PIDS_OF_A_RANK = 100  # its own, and one for each of its GPUs
 HOROVOD_PID = PIDS_OF_A_RANK - 1

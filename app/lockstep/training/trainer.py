@@ -1,15 +1,15 @@
-"""The training loop: update, metrics, checkpoint, evaluation. Every rank runs it in step; rank 0 keeps the journal."""
+"""The training loop: update, metrics, checkpoint, evaluation. Every rank runs it in step; rank 0 keeps the run log."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.stop import StopVote, voting
-from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
 from lockstep.runtime.seeding import random_state_digest, update_seed
@@ -17,13 +17,14 @@ from lockstep.settings import Settings
 from lockstep.tasks.task import Evaluation, Task
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint
 from lockstep.training.checkpoint_writer import CheckpointWriter
-from lockstep.training.metrics import Window
+from lockstep.training.hooks import TrainerHook
+from lockstep.training.metrics import MetricAccumulator
 from lockstep.training.optim import learning_rate_at, set_learning_rate
-from lockstep.training.position import Handover, Progress, what_must_stay
+from lockstep.training.position import InMemoryCheckpoint, Progress, immutable_settings
 from lockstep.training.profiling import Profiler
 from lockstep.training.run_folder import RunFolder
-from lockstep.training.run_logger import Journal, RootJournal
-from lockstep.training.sample_ledger import Ledger, last_attempt
+from lockstep.training.run_logger import RootRunLogger, RunLogger
+from lockstep.training.sample_ledger import SampleLedger, last_attempt
 
 
 class Trainer:
@@ -34,8 +35,9 @@ class Trainer:
         strategy: where the model lives.
         loader: this rank's part of the training data, at the run's position.
         progress: how far the run is.
-        window: what this rank counts for the next log line.
+        metrics: what this rank counts for the next log line.
         folder: where it leaves its files.
+        hooks: called before and after updates, at checkpoints and at the end.
         writer: of checkpoints.
     """
 
@@ -45,45 +47,47 @@ class Trainer:
         settings: Settings,
         task: Task,
         strategy: Strategy,
-        layout: Layout,
+        grid: RankGrid,
         folder: RunFolder,
         resume: bool,
-        handover: Handover | None = None,
+        handover: InMemoryCheckpoint | None = None,
+        hooks: Sequence[TrainerHook] = (),
     ) -> None:
         """Collective: go on from `handover`; with `resume` from the last whole checkpoint in `folder`, if there is one.
 
         Raises:
             SettingsError: on every rank: the run has no such updates as are to be profiled.
-            StorageError: on every rank: no checkpoint is whole, where there are some; or the journal cannot be kept.
+            StorageError: on every rank: no checkpoint is whole, where there are some; or the run log cannot be kept.
         """
         self._cluster = cluster
         self._settings = settings
         self.task = task
         self.strategy = strategy
         self.folder = folder
-        self._layout = layout
-        self.loader = task.build_loader(layout.replica, layout.num_replicas, strategy)
+        self.hooks = [*hooks]
+        self._grid = grid
+        self.loader = task.build_loader(grid.replica, grid.num_replicas, strategy)
         self._num_updates = task.num_epochs * self.loader.updates_per_epoch
         self._profiler = Profiler(settings, self._num_updates, cluster, folder)
-        self.window = Window(cluster.device, task.tally_size)
+        self.metrics = MetricAccumulator(cluster.device, task.num_metric_sums)
         self.progress = Progress()
         self._saved_step = -1
-        of_task = task.must_stay(self.loader, layout.num_replicas)
-        self._must_stay = what_must_stay(settings, of_task, layout.num_replicas)
+        of_task = task.immutable_settings(self.loader, grid.num_replicas)
+        self._immutable_settings = immutable_settings(settings, of_task, grid.num_replicas)
         mark = self._resume(handover) if handover or resume else 0
         self._repeats_checkpoint = handover is not None and self._checkpoint_is_due()
         if self.progress.step == 0:
             strategy.synchronise()
-        cluster.on_root(folder.withdraw_conclusions)  # before the journal and the ledger no longer hold them
+        cluster.on_root(folder.withdraw_conclusions)  # before the run log and the ledger no longer hold them
         attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
-        path = Ledger.path(folder.path, attempt, self.progress.step, cluster.rank, cluster.size)
-        keeps = settings.proof.ledger
-        self._ledger = Ledger(path if keeps else None, self.loader.num_samples, ahead=cluster.is_elastic)
+        path = SampleLedger.path(folder.path, attempt, self.progress.step, cluster.rank, cluster.size)
+        keeps = settings.checks.ledger
+        self._ledger = SampleLedger(path if keeps else None, self.loader.num_samples, ahead=cluster.is_elastic)
         if cluster.is_elastic:
             cluster.barrier()  # no update counts before every rank can write it down
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
-        journal = cluster.on_root_alone(lambda: RootJournal(folder, settings, self._num_updates, mark))
-        self._journal = journal or Journal()
+        run_logger = cluster.on_root_only(lambda: RootRunLogger(folder, settings, self._num_updates, mark))
+        self._run_logger = run_logger or RunLogger()
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
         """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.
@@ -99,36 +103,38 @@ class Trainer:
         """
         every, num_epochs = self.task.evaluate_every, self.task.num_epochs
         evaluation = None
-        with self._journal, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
+        with self._run_logger, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
             if self._repeats_checkpoint:  # the ranks before may not have come to it
                 self.checkpoint()
             for epoch in range(self.loader.epoch, num_epochs):
                 last = (epoch + 1) * self.loader.updates_per_epoch
-                for unit in self._profiler.watch(self._units(), self.progress, last):
-                    self.update(unit)
+                for item in self._profiler.watch(self._work_items(), self.progress, last):
+                    self.update(item)
                     if stop and (reason := stop.reason(self._seconds_to_stop())):
                         self._stop(reason)
                 evaluation = None
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
-                    self._journal.say(_first_score(epoch, evaluation))
+                    self._run_logger.say(_first_score(epoch, evaluation))
             if evaluation is None:
                 evaluation = self._evaluate(num_epochs - 1)
+            for hook in self.hooks:
+                hook.at_end(self, evaluation)
             self._enter("checkpoint")
             self.writer.wait()
         return evaluation
 
-    def _units(self) -> Iterator[Any]:
-        """The rest of the epoch, on the record; fetching a unit is a part of its update."""
-        units = self.loader.rest_of_epoch()
+    def _work_items(self) -> Iterator[Any]:
+        """The rest of the epoch, on the record; loading one is a part of its update."""
+        items = self.loader.rest_of_epoch()
         while True:
             self._enter("data loading", self.progress.step + 1)
             started = time.perf_counter()
-            unit = next(units, None)
-            if unit is None:
+            item = next(items, None)
+            if item is None:
                 return
             self.progress.seconds += time.perf_counter() - started
-            yield unit
+            yield item
 
     def _seconds_to_stop(self) -> float:
         """What this rank needs from a boundary between updates to its end: a checkpoint that may just be on its way,
@@ -151,7 +157,7 @@ class Trainer:
         raise StoppedError(
             f"stopped by {reason} after update {step} of {self._num_updates}, which is saved: {left} are left. Go on "
             f"with the same command and --resume --run_dir {self.folder.path}"
-        ).on_all_ranks()
+        ).as_shared()
 
     def _enter(self, phase: str, update: int | None = None) -> None:
         self._cluster.recorder.enter(phase, update)
@@ -167,62 +173,66 @@ class Trainer:
                     self.writer.wait()
             raise
 
-    def update(self, unit: Any) -> None:
+    def update(self, item: Any) -> None:
         """Collective: one update, and what falls due after it."""
         started = time.perf_counter()
         settings, progress = self._settings, self.progress
-        num_shards = self._layout.num_replicas
+        for hook in self.hooks:
+            hook.before_update(self, item)
+        num_shards = self._grid.num_replicas
         learning_rate = learning_rate_at(progress.step, self._num_updates, settings.optimizer, num_shards)
         set_learning_rate(self.strategy.optimizer, learning_rate)
-        seed = update_seed(settings.seed, progress.step, self._layout.replica)
-        ids = unit.ids if self._layout.counts_samples else unit.ids[:0]
+        seed = update_seed(settings.seed, progress.step, self._grid.replica)
+        ids = item.ids if self._grid.counts_samples else item.ids[:0]
         self._ledger.announce(progress.step, self.loader.epoch, ids)
         skipped = False
         self._enter("forward and backward pass", progress.step + 1)
         try:
-            self.window.add(self.task.learn(unit, self.strategy, seed, self.writer.wait_for_copy))
+            self.metrics.add(self.task.learn(item, self.strategy, seed, self.writer.wait_for_copy))
         except NonFiniteError as error:
-            if settings.proof.non_finite == "stop":
+            if settings.checks.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
                 raise
             skipped = True
             progress.num_skipped += 1
-            self._journal.say(f"Update {progress.step + 1} is skipped: {error}")
+            self._run_logger.say(f"Update {progress.step + 1} is skipped: {error}")
         self._enter("keeping of accounts")
         self._ledger.record(progress.step, self.loader.epoch, ids, skipped)
         progress.step += 1
-        progress.num_samples += unit.global_size
-        self._journal.advance(progress.step)
-        if _is_due(progress.step, settings.proof.sentinel_interval):
+        progress.num_samples += item.global_size
+        self._run_logger.advance(progress.step)
+        for hook in self.hooks:
+            hook.after_update(self)
+        if _is_due(progress.step, settings.checks.replica_interval):
             self.strategy.compare(f"after update {progress.step}")
-        is_line = (unit.index if self.loader.updates_per_epoch > 1 else progress.step) % settings.log_interval == 0
+        is_line = (item.index if self.loader.updates_per_epoch > 1 else progress.step) % settings.log_interval == 0
         if is_line or progress.step == self._num_updates:
-            self._log(unit, learning_rate, is_line)
+            self._log(item, learning_rate, is_line)
         progress.seconds += time.perf_counter() - started
         if self._checkpoint_is_due():
             self.checkpoint()
 
-    def _log(self, unit: Any, learning_rate: float, is_line: bool) -> None:
+    def _log(self, item: Any, learning_rate: float, is_line: bool) -> None:
         """Collective: one reduction."""
-        mean, last = (self.task.scores(tally) for tally in self.window.reduce(self._cluster))
+        mean, last = (self.task.scores(metric_sums) for metric_sums in self.metrics.reduce(self._cluster))
         if not mean:  # every update since the last line was skipped
             return
         epoch, step, samples = self.loader.epoch, self.progress.step, self.progress.num_samples
-        self._journal.record("train", step, epoch, samples, **mean, learning_rate=learning_rate)
+        self._run_logger.record("train", step, epoch, samples, **mean, learning_rate=learning_rate)
         if is_line:
-            line = self.task.line(epoch, unit, samples, mean, last)
-            self._journal.say_progress(line, self.progress, self.task.samples)
+            line = self.task.line(epoch, item, samples, mean, last)
+            self._run_logger.say_progress(line, self.progress, self.task.samples)
 
     def _evaluate(self, epoch: int) -> Evaluation:
         """Collective."""
         self._enter("evaluation")
-        strategy, layout = self.strategy, self._layout
+        strategy, grid = self.strategy, self._grid
         forward = partial(strategy.forward, self.task)
         self.writer.wait_for_copy()  # of weights that the average now takes the place of
         with strategy.averaged():
-            evaluation = self.task.evaluate(strategy.model, forward, layout.replica, layout.num_replicas)
+            evaluation = self.task.evaluate(strategy.model, forward, grid.replica, grid.num_replicas)
         progress = self.progress
-        self._journal.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
+        self._run_logger.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
         return evaluation
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -235,7 +245,8 @@ class Trainer:
         """What all ranks count alike in a checkpoint, after the last update that was done."""
         epoch, consumed = self.loader.position_after(self.progress.step)
         progress = asdict(self.progress)
-        return {"progress": progress, "epoch": epoch, "consumed": consumed, "must_stay": self._must_stay}
+        immutable = self._immutable_settings
+        return {"progress": progress, "epoch": epoch, "consumed": consumed, "immutable_settings": immutable}
 
     def checkpoint(self) -> None:
         """Collective: every rank writes its part of what all need to go on, exactly as if they had never stopped."""
@@ -243,38 +254,40 @@ class Trainer:
         self._saved_step = self.progress.step
         self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
         random_state = random_state_digest(self._cluster.device)
-        of_ranks = self._cluster.all_gather_object((self.window.tally(), random_state))
+        of_ranks = self._cluster.all_gather_object((self.metrics.metric_sums(), random_state))
         counters: dict[str, Any] = {
             **self.position(),
-            "metrics_mark": self._journal.mark(),
+            "metrics_mark": self._run_logger.mark(),
             "tied_weights": self.strategy.tied_weights,
-            "window_of_ranks": [tally for tally, _ in of_ranks],
+            "metric_sums_of_ranks": [metric_sums for metric_sums, _ in of_ranks],
             "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
         }
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
         self.loader.after_checkpoint()
+        for hook in self.hooks:
+            hook.at_checkpoint(self)
 
-    def _resume(self, handover: Handover | None) -> int:
-        """Collective: go on from `handover`, or from the last whole checkpoint; the `mark` of the journal there."""
-        found: Checkpoint | Handover | None = handover
+    def _resume(self, handover: InMemoryCheckpoint | None) -> int:
+        """Collective: go on from `handover`, or from the last whole checkpoint; the `mark` of the run log there."""
+        found: Checkpoint | InMemoryCheckpoint | None = handover
         if found is None:
             found = self._cluster.on_root(lambda: latest_checkpoint(self.folder.path, tell=self._tell))
         if found is None:
             self._tell(f"{self.folder.path} has no checkpoint yet: the run begins at update 0")
             return 0
         counters = found.counters
-        for name, now in self._must_stay.items():
-            if (was := counters["must_stay"].get(name, now)) != now:  # older checkpoints do not say all
+        for name, now in self._immutable_settings.items():
+            if (was := counters["immutable_settings"].get(name, now)) != now:  # older checkpoints do not say all
                 message = f"{name} is {now} and was {was}: a run that goes on cannot change it"
-                raise SettingsError(message).on_all_ranks()
+                raise SettingsError(message).as_shared()
         if found.step > self._num_updates:
             message = f"the run has done {found.step} updates, and the settings ask for {self._num_updates} in all"
-            raise SettingsError(f"{message}: it cannot become shorter than it is").on_all_ranks()
+            raise SettingsError(f"{message}: it cannot become shorter than it is").as_shared()
         self.strategy.load_state(found)
         self.progress = Progress(**counters["progress"])
         self._saved_step = -1 if handover else self.progress.step
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
-        self.window.restore(counters["window_of_ranks"], self._cluster)
+        self.metrics.restore(counters["metric_sums_of_ranks"], self._cluster)
         self._tell(f"Goes on after update {found.step} from {found.path}")
         return int(counters["metrics_mark"])
 

@@ -22,7 +22,7 @@ TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
 # Each is a host of its own for Horovod, and this machine: one whose workers all fail is left alone for a while.
 HOSTS = ("localhost:1", "127.0.0.1:1", "127.1:1")
 SMALL = (
-    "--precision float64 --proof.ledger true --log_interval 10 --optimizer.schedule constant --model.name vit "
+    "--precision float64 --checks.ledger true --log_interval 10 --optimizer.schedule constant --model.name vit "
     "--model.vit.width 16 --model.vit.depth 1 --model.vit.num_heads 2 --model.vit.patch_size 14"
 )
 UPDATES_PER_EPOCH = 63
@@ -48,8 +48,8 @@ class ElasticJob:
         return (self.folder / "said").read_text()
 
     @property
-    def crews(self) -> list[int]:
-        """How many ranks each crew had."""
+    def generations(self) -> list[int]:
+        """How many ranks each generation had."""
         return [int(size) for size in re.findall(r"Lockstep \S+: (\d+) rank\(s\)", self.said)]
 
     @property
@@ -158,13 +158,13 @@ def _train_alone(folder: Path, settings: str) -> Path:
 
 
 def test_one_of_three_workers_is_killed_and_another_one_comes(tmp_path: Path) -> None:
-    """It changes nothing of what is learned, whoever it is: here rank 0, which keeps the journal."""
+    """It changes nothing of what is learned, whoever it is: here rank 0, which keeps the run_logger."""
     with elastic_job(tmp_path, HOSTS, f"{SMALL} --num_epochs 1000", "--blacklist-cooldown-range 1 2") as job:
         job.wait_for_updates()
         first = job.workers()
         host, pid = next(worker for worker in first if worker[1] == _root_of(tmp_path / "run"))
         os.kill(pid, signal.SIGKILL)
-        job.wait_until(lambda: job.crews[1:] == [2, 3])
+        job.wait_until(lambda: job.generations[1:] == [2, 3])
         job.wait_for_updates()
         survivors = first - {(host, pid)}
         assert survivors < job.workers()
@@ -186,17 +186,17 @@ def test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed(tmp_p
         job.wait_for_updates()
         first = job.workers()
         job.find_hosts(["localhost:2"])
-        job.wait_until(lambda: len(job.workers()) == 2 and job.crews == [3, 2])
+        job.wait_until(lambda: len(job.workers()) == 2 and job.generations == [3, 2])
         survivors = job.workers()
         assert survivors < first
         job.wait_for_updates()
         job.find_hosts(["localhost:3"])
-        job.wait_until(lambda: job.crews == [3, 2, 3])
+        job.wait_until(lambda: job.generations == [3, 2, 3])
         job.wait_for_updates()
         assert survivors < job.workers()
         killed = _root_of(tmp_path / "run")
         os.kill(killed, signal.SIGKILL)
-        job.wait_until(lambda: job.crews == [3, 2, 3, 3])
+        job.wait_until(lambda: job.generations == [3, 2, 3, 3])
         job.wait_for_updates()
         assert {pid for _, pid in survivors} - {killed} < {pid for _, pid in job.workers()}
         num_updates = job.stop()

@@ -99,7 +99,7 @@ def test_an_elastic_job_is_its_owners_alone(tmp_path: Path) -> None:
         _attack(job, tmp_path)
         secret = psutil.Process(min(job.workers())[1]).environ()[JOB_SECRET]
         os.kill(max(job.workers())[1], signal.SIGKILL)
-        job.wait_until(lambda: len(job.crews) > 1)
+        job.wait_until(lambda: len(job.generations) > 1)
         job.wait_for_updates()
         job.stop()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from lockstep.parallel.merge import state_digest
-from lockstep.parallel.tensor_slices import Part
+from lockstep.parallel.tensor_slices import Shard
 from lockstep.training.checkpoint import commit, list_checkpoints, verify_checkpoint, write_parts
 from tests.launching import ROOT, launch
 
@@ -21,7 +21,7 @@ TRAIN = f"python {shlex.quote(str(ROOT / 'app' / 'train.py'))}"
 EXACT = (
     "--precision float64 --model.dropout1 0 --model.dropout2 0 --optimizer.name adam --optimizer.learning_rate 1e-3 "
     "--optimizer.weight_decay 1e-3 --gradient.clip_norm 1 --gradient.num_micro_batches 3 --checkpoint.interval 20 "
-    "--proof.ledger true --data.batch_size 50"  # 80 updates an epoch
+    "--checks.ledger true --data.batch_size 50"  # 80 updates an epoch
 )
 STOPS = (  # each goes on where the one before has ended
     "mpirun -np 4 {train} --parallel zero3 --num_epochs 1 --optimizer.schedule constant",
@@ -97,7 +97,7 @@ def test_a_merge_needs_memory_for_its_largest_tensor_only(tmp_path: Path) -> Non
     for rank in range(2):
         half = slice(rank * 1_250_000, (rank + 1) * 1_250_000)
         parts = {
-            f"{kind}/{name}": Part(tensor[half], half.start, tensor.shape)
+            f"{kind}/{name}": Shard(tensor[half], half.start, tensor.shape)
             for name, tensor in tensors.items()
             for kind in ("model", "optimizer/momentum_buffer")
         }

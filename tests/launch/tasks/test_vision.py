@@ -36,7 +36,7 @@ def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> 
     """Augmented and mixed; each image once an epoch; and no worker is left."""
     _make_folder(tmp_path / "images")
     before = _workers()
-    settings = f"{FOLDER} --data.augmentation resized_crop --data.num_workers 2 --data.mixup 0.2 --proof.ledger true"
+    settings = f"{FOLDER} --data.augmentation resized_crop --data.num_workers 2 --data.mixup 0.2 --checks.ledger true"
     train = f"mpirun -np 2 python {shlex.quote(str(ROOT))}/app/train.py {settings} --num_epochs 2 --run_dir run"
     finished = launch(train, cwd=tmp_path, timeout_seconds=180)
     assert finished.returncode == 0, finished.output

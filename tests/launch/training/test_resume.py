@@ -102,7 +102,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None:
     train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
-    assert launch(f"{train} {quick} --num_epochs 1 --proof.ledger true", cwd=tmp_path).returncode == 0
+    assert launch(f"{train} {quick} --num_epochs 1 --checks.ledger true", cwd=tmp_path).returncode == 0
     run = tmp_path / "run"
     before = _contents(run)
     refused = launch(f"{train} --resume --optimizer.learning_rate 0.3", cwd=tmp_path)
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_with_one_message(tmp
 
 
 def test_two_deterministic_runs_give_identical_bits(tmp_path: Path) -> None:
-    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --proof.deterministic true"
+    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checks.deterministic true"
     for run in ("first", "second"):
         train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir {run} --num_epochs 2 {quick}"
         assert launch(train, cwd=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""What workers hand on to the next crew."""
+"""What workers hand on to the next generation."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lockstep.parallel.buffers import Buffers
 from lockstep.settings import DataSettings, ModelSettings, Settings
 from lockstep.tasks.classify import Classify
 from lockstep.training.build import build_trainer
-from lockstep.training.elastic import Relay, Run
+from lockstep.training.elastic import ElasticState, Run
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.trainer import Trainer
 from tests.parallel.building import whole_values
@@ -45,7 +45,7 @@ def test_all_go_on_from_the_rank_that_has_done_most(cluster: Cluster, tmp_path: 
     """Rank 0 is new, rank 1 has not done the update in which one was lost, and rank 2 has."""
     folder = _shared_folder(cluster, tmp_path)
     behind, ahead = _trainer(cluster, folder / "behind", 6), _trainer(cluster, folder / "ahead", 7)
-    relay = Relay()
+    relay = ElasticState()
     if cluster.rank > 0:
         relay.run = Run(SETTINGS, False, RunFolder(folder / "run"))
         relay.trainer = ahead if cluster.rank == 2 else behind
@@ -64,13 +64,13 @@ def test_all_go_on_from_the_rank_that_has_done_most(cluster: Cluster, tmp_path: 
     assert any(name.startswith("optimizer/") for name in expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    own_tallies = [[0.0, 0.0, 0.0], behind.window.tally(), ahead.window.tally()]
-    assert trainer.window.tally() == own_tallies[cluster.rank]
+    own_tallies = [[0.0, 0.0, 0.0], behind.metrics.metric_sums(), ahead.metrics.metric_sums()]
+    assert trainer.metrics.metric_sums() == own_tallies[cluster.rank]
 
 
 @pytest.mark.world_size(2)
-def test_a_crew_that_is_all_new_has_nothing_to_go_on_from(cluster: Cluster) -> None:
-    relay = Relay()
+def test_a_generation_that_is_all_new_has_nothing_to_go_on_from(cluster: Cluster) -> None:
+    relay = ElasticState()
     assert relay.run_of(cluster) is None
     assert relay.take_over(cluster) is None
 
@@ -80,7 +80,7 @@ def test_what_a_broken_off_update_did_to_the_buffers_is_undone(cluster: Cluster)
     norm = nn.BatchNorm1d(3).double()
     buffers = Buffers(norm, cluster)
     norm(torch.randn(4, 3).double())
-    buffers.agree(0.5)
+    buffers.average(0.5)
     agreed = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     norm(torch.randn(4, 3).double())
     assert any(not torch.equal(buffer, agreed[name]) for name, buffer in norm.named_buffers())

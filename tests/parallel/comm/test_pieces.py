@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lockstep.comm import ranks as mpi
 from lockstep.comm.cluster import Cluster
-from lockstep.parallel.gradients import sum_over_wire_
 from lockstep.parallel.merge import merge_on_root
-from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.replicated import Replicated, sum_over_wire_
+from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
 from lockstep.settings import GradientSettings
@@ -120,7 +120,7 @@ def test_every_strategy_learns_the_same_in_pieces(
             strategy = Replicated(model, build(model), cluster, settings)
             strategy.synchronise()
         for seed in range(3):
-            strategy.update(make_batch(cluster.rank, cluster.size, 13), CrossEntropy(), seed)
+            train_step(strategy, make_batch(cluster.rank, cluster.size, 13), CrossEntropy(), seed)
         return merged_model(cluster, strategy)
 
     expected = train()
@@ -141,14 +141,14 @@ def test_a_tensor_of_more_than_2_gib_is_merged(cluster: Cluster, share: float, t
     border = int(share * num_elements)
     start, stop = ((0, border), (border, num_elements))[cluster.rank]
     part = torch.arange(start, stop, dtype=torch.int64)
-    like = {"large": torch.empty(num_elements, dtype=torch.int64, device="meta"), "small": torch.empty(2)}
+    meta_state = {"large": torch.empty(num_elements, dtype=torch.int64, device="meta"), "small": torch.empty(2)}
     parts: dict[str, Callable[[], Tensor]] = {"large": lambda: part, "small": lambda: torch.full((1,), cluster.rank)}
     file = cluster.on_root(lambda: tmp_path) / "model.safetensors"
     if not cluster.is_root:
-        merge_on_root(cluster, like, lambda name: parts[name](), None)
+        merge_on_root(cluster, meta_state, lambda name: parts[name](), None)
         return
-    with TensorFileWriter(file, like) as writer:
-        merge_on_root(cluster, like, lambda name: parts[name](), writer.write)
+    with TensorFileWriter(file, meta_state) as writer:
+        merge_on_root(cluster, meta_state, lambda name: parts[name](), writer.write)
     with safe_open(file, framework="pt") as opened:
         found = opened.get_slice("large")
         for begin, end in itertools.pairwise([*range(0, num_elements, 2**24), num_elements]):

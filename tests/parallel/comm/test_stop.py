@@ -13,6 +13,8 @@ from lockstep.comm.stop import StopRequests, StopVote
 from lockstep.runtime.errors import ExitCode, StoppedError
 from lockstep.settings import CheckpointSettings, DataSettings, Settings
 from lockstep.training.checkpoint import list_checkpoints
+from lockstep.training.hooks import TrainerHook
+from lockstep.training.trainer import Trainer
 from tests.parallel.building import assert_close, build_trainer, merged_model
 
 SETTINGS = Settings(
@@ -42,14 +44,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     never.train()
     expected = merged_model(cluster, strategy)
     trainer, _ = build_trainer(cluster, settings, folder / "stopped")
-    update = trainer.update
 
-    def signalled(unit: object) -> None:
-        update(unit)
-        if trainer.progress.step == 2 and cluster.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class Signal(TrainerHook):
+        def after_update(self, trainer: Trainer) -> None:
+            if trainer.progress.step == 2 and cluster.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.update = signalled  # type: ignore[method-assign]
+    trainer.hooks.append(Signal())
     with pytest.raises(
         StoppedError, match="stopped by SIGTERM after update 3 of 10, which is saved: 7 are left"
     ) as stop:
@@ -72,13 +73,12 @@ def test_a_stop_on_a_checkpoint_does_not_write_it_twice(
     trainer, _ = build_trainer(cluster, SETTINGS, folder)
     requests.received = signal.SIGUSR1 if cluster.rank == 1 else 0
     saved: list[int] = []
-    save = trainer.writer.save
 
-    def counted(step: int, *rest: object) -> None:
-        saved.append(step)
-        save(step, *rest)  # type: ignore[arg-type]
+    class Count(TrainerHook):
+        def at_checkpoint(self, trainer: Trainer) -> None:
+            saved.append(trainer.progress.step)
 
-    trainer.writer.save = counted  # type: ignore[method-assign, assignment]
+    trainer.hooks.append(Count())
     trainer.progress.step = 2  # so that the vote of update 3 is read after update 4, where a checkpoint is due
     with pytest.raises(StoppedError, match="after update 4"):
         trainer.train(StopVote(cluster, requests, None))

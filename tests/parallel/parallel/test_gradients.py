@@ -1,5 +1,6 @@
 """What becomes of gradients between the ranks: buckets, wire types, Adasum, micro-batches."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from lockstep.comm import ranks as mpi
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
-from lockstep.parallel.gradients import sum_over_wire_
-from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.replicated import Replicated, sum_over_wire_
+from lockstep.parallel.step import train_step
 from lockstep.runtime.errors import NonFiniteError, SettingsError
 from lockstep.settings import GradientSettings
 from tests.parallel.building import CrossEntropy, make_batch
@@ -32,8 +33,8 @@ def _gradients(cluster: Cluster, settings: GradientSettings, num_updates: int = 
     model = _model()
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for _ in range(num_updates):
-        tally = strategy.update(_batch(cluster, 11), CrossEntropy(), seed=0)
-        assert cluster.sum_(tally, name="tally")[2] == 11
+        metric_sums = train_step(strategy, _batch(cluster, 11), CrossEntropy(), seed=0)
+        assert cluster.sum_(metric_sums, name="metric_sums")[2] == 11
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -60,10 +61,11 @@ def test_all_buckets_but_the_last_leave_during_the_last_backward_pass(cluster: C
     settings = GradientSettings(bucket_mib=1e-6, num_micro_batches=2)
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for send in (False, True):
-        strategy._backward(_batch(cluster, 11), CrossEntropy(), 0, send)
+        with nullcontext() if send else strategy.local_gradients():
+            strategy.forward_backward(_batch(cluster, 11), CrossEntropy(), 0)
         left = [bucket.arrives is not None for bucket in strategy.gradients._buckets]
         assert left == [send] * (len(left) - 1) + [False]
-    strategy.gradients.finish()
+    strategy.gradients.reduce()
 
 
 @pytest.mark.world_size(3)
@@ -81,7 +83,7 @@ def test_a_parameter_without_a_gradient_does_not_hold_up_its_bucket(cluster: Clu
     settings = GradientSettings(bucket_mib=1e-6)
     strategy = Replicated(model, torch.optim.SGD(model.parameters(), lr=0.0), cluster, settings)
     for _ in range(2):
-        strategy.update(_batch(cluster, 11), CrossEntropy(), seed=0)
+        train_step(strategy, _batch(cluster, 11), CrossEntropy(), seed=0)
     assert model.idle.weight.grad is not None
     assert not model.idle.weight.grad.any()
     assert model.used.weight.grad is not None
@@ -96,8 +98,8 @@ def test_nan_in_a_bucket_that_has_left_stops_all_ranks_and_the_next_update_is_wh
     batch = _batch(cluster, 11)
     bad = replace(batch, inputs=batch.inputs * (float("nan") if cluster.rank == 1 else 1.0))
     with pytest.raises(NonFiniteError, match="the loss on rank 1"):
-        strategy.update(bad, CrossEntropy(), seed=0)
-    strategy.update(batch, CrossEntropy(), seed=0)
+        train_step(strategy, bad, CrossEntropy(), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 

@@ -14,7 +14,8 @@ from lockstep.benchmark.sharding import proof_settings
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.pipeline import Pipeline
-from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.rank_grid import RankGrid
+from lockstep.parallel.step import train_step
 from lockstep.runtime.errors import NonFiniteError, ReplicasDifferError, SettingsError
 from lockstep.settings import (
     CheckpointSettings,
@@ -127,25 +128,25 @@ def test_a_skipped_update_leaves_running_statistics_as_they_were(cluster: Cluste
     """On every stage of every replica: what the last stage of one finds out, all of them undo."""
     cuts = ["second"] if num_stages == 2 else ["norm", "second", "norm2"]
     settings = replace(proof_settings(SMALL, "pipeline"), pipeline=PipelineSettings(num_stages=num_stages, cuts=cuts))
-    layout = Layout.of(settings, cluster.rank, cluster.size)
+    grid = RankGrid.of(settings, cluster.rank, cluster.size)
     strategy = Pipeline(
         _with_norms,
         lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
         cluster,
         settings,
-        layout,
+        grid,
         CrossEntropy(),
         make_batch(0, 1, 4).inputs,
     )
-    batch = make_batch(layout.replica, layout.num_replicas, 22)
-    strategy.update(batch, CrossEntropy(), seed=0)
+    batch = make_batch(grid.replica, grid.num_replicas, 22)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     before = state_digest(dict(strategy.model.named_buffers()))
-    is_last = layout.replica == layout.num_replicas - 1
+    is_last = grid.replica == grid.num_replicas - 1
     bad = replace(batch, inputs=batch.inputs * (float("nan") if is_last else 1.0))
     with pytest.raises(NonFiniteError):
-        strategy.update(bad, CrossEntropy(), seed=0)
+        train_step(strategy, bad, CrossEntropy(), seed=0)
     assert state_digest(dict(strategy.model.named_buffers())) == before
-    strategy.update(batch, CrossEntropy(), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     with_norm = any(cluster.all_gather_object(state_digest(dict(strategy.model.named_buffers())) != before))
     assert with_norm
     assert all(tensor.isfinite().all() for tensor in strategy.model.state_dict().values())
@@ -179,7 +180,7 @@ def test_tied_weights_must_lie_in_one_stage(cluster: Cluster) -> None:
             lambda model: torch.optim.SGD(model.parameters()),
             cluster,
             settings,
-            Layout.of(settings, cluster.rank, cluster.size),
+            RankGrid.of(settings, cluster.rank, cluster.size),
             CrossEntropy(),
             make_batch(0, 1, 3).inputs,
         )

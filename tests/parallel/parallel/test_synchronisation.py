@@ -9,9 +9,10 @@ from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.step import train_step
 from lockstep.runtime.errors import ReplicasDifferError
 from lockstep.runtime.seeding import update_seed
-from lockstep.training.metrics import Window
+from lockstep.training.metrics import MetricAccumulator
 from tests.parallel.building import CrossEntropy, make_batch, merged_model
 
 
@@ -41,7 +42,7 @@ def test_all_ranks_take_the_model_of_rank_0(cluster: Cluster) -> None:
 def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Cluster) -> None:
     """11 samples over 3 ranks: the mean of the ranks' means would weigh samples unequally."""
     model = _model(seed=1).eval()
-    _strategy(model, cluster).update(_batch(cluster, 11), CrossEntropy(), seed=0)
+    train_step(_strategy(model, cluster), _batch(cluster, 11), CrossEntropy(), seed=0)
     reference = _model(seed=1).eval()
     whole = _batch(Cluster.alone(), 11)
     F.cross_entropy(reference(whole.inputs), whole.targets).backward()
@@ -77,7 +78,7 @@ def test_a_replica_that_drifted_by_one_bit_is_named_at_the_merge(cluster: Cluste
 
 @pytest.mark.world_size(3)
 def test_scores_count_each_sample_once(cluster: Cluster) -> None:
-    window = Window(cluster.device, size=3)
+    window = MetricAccumulator(cluster.device, size=3)
     window.add(torch.tensor([8.0, 1.0, 2.0], dtype=torch.float64))
     window.add(torch.tensor([2.0 * cluster.rank, 1.0, cluster.rank], dtype=torch.float64))
     mean, last = window.reduce(cluster)
@@ -100,5 +101,5 @@ def test_replicas_stay_equal_over_updates_with_dropout(cluster: Cluster) -> None
     strategy = _strategy(model, cluster)
     strategy.synchronise()
     for step in range(5):
-        strategy.update(_batch(cluster, 9), CrossEntropy(), update_seed(0, step, cluster.rank))
+        train_step(strategy, _batch(cluster, 9), CrossEntropy(), update_seed(0, step, cluster.rank))
     strategy.compare("after 5 updates")

@@ -13,6 +13,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
+from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.tensor_slices import TensorState
 from lockstep.parallel.zero import Zero
@@ -29,8 +30,8 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(cluster: Cluster) -> None
     norms = {}
     for stage in (0, 1, 2, 3):
         strategy = _strategy(cluster, _blocks, stage, GradientSettings(clip_norm=1e-3))
-        strategy.update(make_batch(cluster.rank, cluster.size, 11), CrossEntropy(), seed=0)
-        parts = [part[: len(part) - (not stage)].norm() ** 2 for part in strategy._reduced_gradients()]  # no loss
+        train_step(strategy, make_batch(cluster.rank, cluster.size, 11), CrossEntropy(), seed=0)
+        parts = [part[: len(part) - (not stage)].norm() ** 2 for part in strategy.reduced_gradients()]  # no loss
         total = torch.stack(parts).sum().view(1)
         norms[stage] = math.sqrt(float(cluster.sum_(total, name="test") if stage else total))
     assert norms == pytest.approx(dict.fromkeys(range(4), 1e-3), rel=1e-9)
@@ -104,7 +105,7 @@ def _strategy(
 
 def _train(cluster: Cluster, strategy: Strategy, num_updates: int = 4) -> dict[str, Tensor] | None:
     for seed in range(num_updates):
-        strategy.update(make_batch(cluster.rank, cluster.size, 13 + seed), CrossEntropy(), seed)
+        train_step(strategy, make_batch(cluster.rank, cluster.size, 13 + seed), CrossEntropy(), seed)
     strategy.compare("after training")
     return merged_model(cluster, strategy)
 
@@ -161,7 +162,7 @@ def test_running_statistics_are_the_mean_over_all_samples(cluster: Cluster) -> N
     conv = strategy.model[0]  # type: ignore[index]
     with torch.no_grad():
         means = [conv(make_batch(rank, 2, 11).inputs).mean((0, 2, 3)) for rank in range(2)]
-    strategy.update(make_batch(cluster.rank, 2, 11), CrossEntropy(), seed=0)
+    train_step(strategy, make_batch(cluster.rank, 2, 11), CrossEntropy(), seed=0)
     expected = 0.1 * (5 * means[0] + 6 * means[1]) / 11
     torch.testing.assert_close(strategy.model.get_buffer("norm.running_mean"), expected, rtol=1e-12, atol=1e-14)
     assert strategy.model.get_buffer("norm.num_batches_tracked").item() == 1
@@ -174,17 +175,17 @@ def test_running_statistics_are_the_mean_over_all_samples(cluster: Cluster) -> N
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_is_not_finite_is_named_and_nothing_has_changed(cluster: Cluster, stage: int) -> None:
     strategy = _strategy(cluster, _frozen, stage, GradientSettings(num_micro_batches=2))
-    strategy.update(make_batch(cluster.rank, 3, 11), CrossEntropy(), seed=0)
+    train_step(strategy, make_batch(cluster.rank, 3, 11), CrossEntropy(), seed=0)
     before = state_digest(whole_values(strategy))
     batch = make_batch(cluster.rank, 3, 11)
     bad = replace(batch, inputs=batch.inputs * (float("nan") if cluster.rank == 1 else 1.0))
     with pytest.raises(NonFiniteError, match="the loss on rank 1") as caught:
-        strategy.update(bad, CrossEntropy(), seed=0)
+        train_step(strategy, bad, CrossEntropy(), seed=0)
     assert caught.value.shared
     assert state_digest(whole_values(strategy)) == before
     with pytest.raises(NonFiniteError, match=r"the gradient of (b|d)\.\w+ on rank 2"):
-        strategy.update(batch, _Infinite(cluster.rank == 2), seed=0)
-    strategy.update(batch, CrossEntropy(), seed=0)
+        train_step(strategy, batch, _Infinite(cluster.rank == 2), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     assert state_digest(whole_values(strategy)) != before
 
 
@@ -211,16 +212,16 @@ def test_a_skipped_update_leaves_running_statistics_as_they_were(
     ranks = cluster if together else Cluster.alone()
     strategy = _strategy(ranks, _blocks, stage, GradientSettings(num_micro_batches=num_micro_batches))
     batch = make_batch(ranks.rank, ranks.size, 11)
-    strategy.update(batch, CrossEntropy(), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     before = state_digest(dict(strategy.model.named_buffers()))
     assert strategy.model.get_buffer("norm.num_batches_tracked").item() == num_micro_batches
     is_last = ranks.rank == ranks.size - 1
     bad = replace(batch, inputs=batch.inputs * (float("nan") if is_last else 1.0))
     for worse, objective in ((bad, CrossEntropy()), (batch, _Infinite(is_last))):
         with pytest.raises(NonFiniteError):
-            strategy.update(worse, objective, seed=0)
+            train_step(strategy, worse, objective, seed=0)
         assert state_digest(dict(strategy.model.named_buffers())) == before
-    strategy.update(batch, CrossEntropy(), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     assert strategy.model.get_buffer("norm.num_batches_tracked").item() == 2 * num_micro_batches
     assert all(buffer.isfinite().all() for buffer in strategy.model.buffers())
 
@@ -253,14 +254,14 @@ def test_a_skipped_update_leaves_buffers_that_are_not_saved_as_they_were(cluster
     batch = make_batch(cluster.rank, 2, 11)
     bad = replace(batch, inputs=batch.inputs * float("nan"))
     with pytest.raises(NonFiniteError):
-        strategy.update(bad, CrossEntropy(), seed=0)
+        train_step(strategy, bad, CrossEntropy(), seed=0)
     names = {name.rpartition(".")[2] for name, _ in strategy.model.named_buffers()}
     assert "total" in names
     assert "last" not in names
-    strategy.update(batch, CrossEntropy(), seed=0)
+    train_step(strategy, batch, CrossEntropy(), seed=0)
     before = state_digest(dict(strategy.model.named_buffers()))
     with pytest.raises(NonFiniteError):
-        strategy.update(bad, CrossEntropy(), seed=0)
+        train_step(strategy, bad, CrossEntropy(), seed=0)
     assert state_digest(dict(strategy.model.named_buffers())) == before
     total = next(buffer for name, buffer in strategy.model.named_buffers() if name.endswith("total"))
     assert total.abs().sum() > 0  # or nothing is kept of an update that was taken
@@ -280,7 +281,7 @@ def test_a_whole_parameter_that_drifts_is_named(cluster: Cluster, stage: int) ->
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rank_without_samples_takes_part(cluster: Cluster, stage: int) -> None:
     strategy = _strategy(cluster, _frozen, stage, GradientSettings(num_micro_batches=4))
-    strategy.update(make_batch(cluster.rank, 3, 2), CrossEntropy(), seed=0)
+    train_step(strategy, make_batch(cluster.rank, 3, 2), CrossEntropy(), seed=0)
     assert all(tensor.isfinite().all() for tensor in whole_values(strategy).values())
 
 

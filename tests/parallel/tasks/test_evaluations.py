@@ -7,11 +7,24 @@ import pytest
 
 from lockstep.comm.cluster import Cluster
 from lockstep.settings import CheckpointSettings
-from lockstep.tasks.task import Evaluation
+from lockstep.training.hooks import TrainerHook
+from lockstep.training.trainer import Trainer
 from tests.parallel.building import build_trainer
 from tests.parallel.training.test_resume import SETTINGS, Stop
 from tests.parallel.training.test_resume import _records as records
 from tests.parallel.training.test_resume import _run as run
+
+
+class KilledAtCheckpoint(TrainerHook):
+    """As soon as the checkpoint is there, before anything else is done."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def at_checkpoint(self, trainer: Trainer) -> None:
+        if trainer.progress.step == self._step:
+            trainer.writer.wait()
+            raise Stop
 
 
 @pytest.mark.world_size(2)
@@ -24,11 +37,7 @@ def test_an_evaluation_that_was_due_at_the_checkpoint_is_made_by_the_one_who_goe
     run(cluster, settings, folder / "never")
     stopped, _ = build_trainer(cluster, settings, folder / "stopped")
 
-    def killed(_: int) -> Evaluation:
-        stopped.writer.wait()
-        raise Stop
-
-    stopped._evaluate = killed  # type: ignore[method-assign, assignment]
+    stopped.hooks.append(KilledAtCheckpoint(7))
     with pytest.raises(Stop):
         stopped.train()
     cluster.barrier()

@@ -13,12 +13,13 @@ from lockstep.comm.cluster import Cluster
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import CheckpointSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
 from lockstep.tasks.ppo import Ppo
-from lockstep.tasks.rollout_preemption import Race
-from lockstep.tasks.task import Evaluation
+from lockstep.tasks.rollout_preemption import RolloutPreemption
 from lockstep.training.build import build_trainer
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.trainer import Trainer
 from tests.parallel.building import whole_values
+from tests.parallel.tasks.test_evaluations import KilledAtCheckpoint
+from tests.parallel.training.test_resume import Stop
 
 SETTINGS = Settings(
     task="ppo",
@@ -94,14 +95,8 @@ def test_an_evaluation_that_was_due_at_the_checkpoint_is_made_by_the_one_who_goe
     never, *_ = _run(cluster, settings, folder / "never")
     stopped = _build(cluster, settings, folder / "stopped")
 
-    def killed(epoch: int) -> Evaluation:
-        if epoch + 1 == num_done:
-            stopped.writer.wait()
-            raise InterruptedError
-        return evaluate(epoch)
-
-    evaluate, stopped._evaluate = stopped._evaluate, killed  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
+    stopped.hooks.append(KilledAtCheckpoint(num_done))
+    with pytest.raises(Stop):
         stopped.train()
     cluster.barrier()
     trainer = _build(cluster, settings, folder / "stopped", resume=True)
@@ -130,15 +125,15 @@ def test_all_ranks_end_an_update_together_when_the_policy_has_gone_too_far(clust
     cautious = replace(SETTINGS, ppo=replace(SETTINGS.ppo, target_kl=1e-9, total_steps=5 * 32))
     trainer = _build(cluster, cautious, folder / "cautious")
     rollout = next(trainer.loader.rest_of_epoch())
-    tally = trainer.task.learn(rollout, trainer.strategy, seed=0)
-    done = cluster.all_gather_object(float(tally[5]))
+    metric_sums = trainer.task.learn(rollout, trainer.strategy, seed=0)
+    done = cluster.all_gather_object(float(metric_sums[5]))
     assert done == [2 * 32, 3 * 32]  # each step once: one epoch of three
     trainer.strategy.compare("after an update that ended early")
 
 
 @pytest.mark.world_size(3)
 def test_a_race_tells_who_has_finished(cluster: Cluster) -> None:
-    race = Race(cluster)
+    race = RolloutPreemption(cluster)
     for round_ in range(3):
         cluster.barrier()
         if cluster.rank == 2:
@@ -169,8 +164,8 @@ def test_a_slow_rank_is_preempted_and_what_it_did_counts_once(cluster: Cluster, 
     assert rollout.steps_of_ranks[0] == 32
     assert 8 <= rollout.steps_of_ranks[1] < 32
     assert rollout.global_size == 2 * 32 + 3 * rollout.steps_of_ranks[1]
-    tally = trainer.task.learn(rollout, trainer.strategy, seed=0)
-    assert cluster.all_gather_object(float(tally[5])) == [3 * 2 * 32, 3 * 3 * rollout.steps_of_ranks[1]]
+    metric_sums = trainer.task.learn(rollout, trainer.strategy, seed=0)
+    assert cluster.all_gather_object(float(metric_sums[5])) == [3 * 2 * 32, 3 * 3 * rollout.steps_of_ranks[1]]
     trainer.strategy.compare("after a preempted update")
 
 

@@ -14,6 +14,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
@@ -21,9 +22,10 @@ from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.tensor_slices import State, TensorState
 from lockstep.runtime.errors import NonFiniteError, ReplicasDifferError, SettingsError
-from lockstep.settings import CheckpointSettings, DataSettings, OptimizerSettings, ProofSettings, Settings
+from lockstep.settings import CheckpointSettings, CheckSettings, DataSettings, OptimizerSettings, Settings
 from lockstep.training.checkpoint import list_checkpoints, verify_checkpoint, write_parts
 from lockstep.training.checkpoint_writer import CheckpointWriter
+from lockstep.training.hooks import TrainerHook
 from lockstep.training.sample_ledger import read_ledger
 from lockstep.training.trainer import Trainer
 from tests.parallel.building import build_trainer, whole_values
@@ -34,7 +36,7 @@ SETTINGS = Settings(
     data=DataSettings(name="synthetic", num_samples=50, batch_size=8, sharding="hash"),
     optimizer=OptimizerSettings(name="sgd", momentum=0.9, weight_decay=1e-2, warmup_steps=4),
     checkpoint=CheckpointSettings(interval=5, keep=2),
-    proof=ProofSettings(ledger=True, sentinel_interval=3),
+    checks=CheckSettings(ledger=True, replica_interval=3),
 )
 ADAM = replace(SETTINGS, optimizer=OptimizerSettings(name="adam", learning_rate=1e-3, weight_decay=1e-2))
 LAMB = replace(SETTINGS, optimizer=OptimizerSettings(name="lamb", learning_rate=1e-3, average_decay=0.9))
@@ -45,16 +47,19 @@ class Stop(Exception):
     """Takes the place of a kill, on every rank in the same update."""
 
 
-def _run(cluster: Cluster, settings: Settings, folder: Path, resume: bool = False, stop: int | None = None) -> Trainer:
-    trainer, strategy = build_trainer(cluster, settings, folder, resume)
-    update = strategy.update
+class StopBefore(TrainerHook):
+    def __init__(self, step: int | None) -> None:
+        self._step = step
 
-    def stop_or_update(*arguments: object) -> Tensor:
-        if trainer.progress.step == stop:
+    @override
+    def before_update(self, trainer: Trainer, item: object) -> None:
+        if trainer.progress.step == self._step:
             raise Stop
-        return update(*arguments)  # type: ignore[arg-type]
 
-    strategy.update = stop_or_update  # type: ignore[method-assign, assignment]
+
+def _run(cluster: Cluster, settings: Settings, folder: Path, resume: bool = False, stop: int | None = None) -> Trainer:
+    trainer, _ = build_trainer(cluster, settings, folder, resume)
+    trainer.hooks.append(StopBefore(stop))
     try:
         trainer.train()
     except Stop:
@@ -140,45 +145,42 @@ def test_our_loading_of_state_leaves_all_ranks_equal(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     "what", ["model/conv2.weight", "optimizer/momentum_buffer/fc1.bias", "optimizer group 0"], ids=str
 )
-def test_the_sentinel_names_the_first_difference_and_the_rank(cluster: Cluster, what: str, tmp_path: Path) -> None:
+def test_the_replica_check_names_the_first_difference_and_the_rank(cluster: Cluster, what: str, tmp_path: Path) -> None:
     """One bit of a weight, one of the optimizer's state, or another learning rate, on rank 1."""
     # The comparison falls into the update that drifts: the next one would spread it, or set the learning rate anew.
-    settings = replace(SETTINGS, proof=replace(SETTINGS.proof, sentinel_interval=4))
+    settings = replace(SETTINGS, checks=replace(SETTINGS.checks, replica_interval=4))
     trainer, strategy = build_trainer(cluster, settings, cluster.on_root(lambda: tmp_path))
-    update = strategy.update
 
-    def drift(*arguments: object) -> Tensor:
-        tally = update(*arguments)  # type: ignore[arg-type]
-        if cluster.rank == 1 and trainer.progress.step == 3:
-            if what in strategy.state():
-                bits = strategy.state()[what].values.view(torch.int32)
-                bits[(0,) * bits.dim()] ^= 1 << 3
-            else:
-                strategy.optimizer.param_groups[0]["lr"] *= 2
-        return tally
+    class Drift(TrainerHook):
+        def after_update(self, trainer: Trainer) -> None:
+            if cluster.rank == 1 and trainer.progress.step == 4:
+                if what in strategy.state():
+                    bits = strategy.state()[what].values.view(torch.int32)
+                    bits[(0,) * bits.dim()] ^= 1 << 3
+                else:
+                    strategy.optimizer.param_groups[0]["lr"] *= 2
 
-    strategy.update = drift  # type: ignore[method-assign, assignment]
+    trainer.hooks.append(Drift())
     with pytest.raises(ReplicasDifferError, match=rf"after update 4: {what} of rank 1 is not the others'") as caught:
         trainer.train()
     assert caught.value.shared
 
 
-def _poison(trainer: Trainer, cluster: Cluster, step: int, where: str) -> None:
+class Poison(TrainerHook):
     """Rank 1 meets a loss, or a gradient of fc2.bias, that is not a number, in update `step`."""
-    loss_sum = trainer.task.loss_sum
 
-    def poisoned(outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        loss, tally = loss_sum(outputs, batch)
-        if cluster.rank == 1 and trainer.progress.step == step:
-            if where == "the loss":
-                return loss * float("nan"), tally
-            bias = trainer.strategy.model.get_parameter("fc2.bias")
-            hook = bias.register_hook(lambda gradient: gradient * float("inf"))
-            handle.append(hook)
-        return loss, tally
+    def __init__(self, cluster: Cluster, step: int, where: str) -> None:
+        self._is_met_here = cluster.rank == 1
+        self._step = step
+        self._where = where
 
-    handle: list[torch.utils.hooks.RemovableHandle] = []
-    trainer.task.loss_sum = poisoned  # type: ignore[method-assign]
+    def before_update(self, trainer: Trainer, item: LabelledBatch) -> None:
+        if self._is_met_here and trainer.progress.step == self._step:
+            if self._where == "the loss":
+                item.inputs.fill_(float("nan"))
+            else:
+                bias = trainer.strategy.model.get_parameter("fc2.bias")
+                bias.register_hook(lambda gradient: gradient * float("inf"))
 
 
 @pytest.mark.world_size(3)
@@ -187,7 +189,7 @@ def test_what_is_not_finite_stops_all_ranks_in_the_same_update_and_is_named(
     cluster: Cluster, where: str, tmp_path: Path
 ) -> None:
     trainer, _ = build_trainer(cluster, SETTINGS, cluster.on_root(lambda: tmp_path))
-    _poison(trainer, cluster, step=4, where=where)
+    trainer.hooks.append(Poison(cluster, step=4, where=where))
     with pytest.raises(NonFiniteError, match=f"update 5: {where} on rank 1 is infinite or not a number") as caught:
         trainer.train()
     assert caught.value.shared
@@ -207,7 +209,7 @@ def test_a_checkpoint_in_the_making_is_finished_before_all_ranks_leave(
     monkeypatch.setattr("lockstep.training.checkpoint_writer.write_parts", slowly)
     folder = cluster.on_root(lambda: tmp_path)
     trainer, _ = build_trainer(cluster, SETTINGS, folder)
-    _poison(trainer, cluster, step=5, where="the loss")
+    trainer.hooks.append(Poison(cluster, step=5, where="the loss"))
     with pytest.raises(NonFiniteError, match="update 6"):
         trainer.train()
     if cluster.is_root:
@@ -216,9 +218,9 @@ def test_a_checkpoint_in_the_making_is_finished_before_all_ranks_leave(
 
 @pytest.mark.world_size(2)
 def test_an_update_that_is_not_finite_is_skipped_by_all_if_so_set(cluster: Cluster, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, proof=replace(SETTINGS.proof, non_finite="skip"))
+    settings = replace(SETTINGS, checks=replace(SETTINGS.checks, non_finite="skip"))
     trainer, strategy = build_trainer(cluster, settings, cluster.on_root(lambda: tmp_path))
-    _poison(trainer, cluster, step=4, where="the loss")
+    trainer.hooks.append(Poison(cluster, step=4, where="the loss"))
     batches = trainer.loader.rest_of_epoch()
     for _ in range(4):
         trainer.update(next(batches))
@@ -270,7 +272,7 @@ def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
         ({"data": replace(SETTINGS.data, num_samples=60)}, "the number of samples is 60 and was 50"),
         ({"optimizer": ADAM.optimizer}, "optimizer.name is adam and was sgd"),
         ({"model": replace(SETTINGS.model, dropout1=0.0)}, "model is"),
-        ({"proof": replace(SETTINGS.proof, ledger=False)}, "proof.ledger is False and was True"),
+        ({"checks": replace(SETTINGS.checks, ledger=False)}, "checks.ledger is False and was True"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

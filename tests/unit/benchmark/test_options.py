@@ -31,14 +31,14 @@ def test_a_ring_sends_nearly_twice_the_bytes() -> None:
 
 def test_the_rank_that_enters_last_tells_what_the_all_reduce_takes() -> None:
     """Two ranks, one update: (sampler, whole, in the strategy, in the all-reduce), in seconds."""
-    split = _split([[(0.001, 0.1, 0.09, 0.05)], [(0.003, 0.1, 0.09, 0.01)]])
+    split = _split([[(0.001, 0.098, 0.09, 0.05)], [(0.003, 0.098, 0.09, 0.01)]])
     assert split == pytest.approx(
         {
             "sampler": 2,
             "forward, backward, check, step": 60,
             "waiting for the slowest rank": 20,
             "all-reduce": 10,
-            "ledger, sentinel, journal": 8,
+            "ledger, replica check, run log": 8,
         }
     )
     assert sum(split.values()) == pytest.approx(100)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.runtime.errors import SettingsError
-from lockstep.settings import DataSettings, GradientSettings, ProofSettings, Settings
+from lockstep.settings import CheckSettings, DataSettings, GradientSettings, Settings
 from lockstep.training.elastic import Run, check_elastic
 
 SETTINGS = Settings(data=DataSettings(name="synthetic", num_samples=40, batch_size=8))
@@ -18,7 +18,7 @@ SETTINGS = Settings(data=DataSettings(name="synthetic", num_samples=40, batch_si
         (replace(SETTINGS, parallel="zero3"), "parallel is zero3"),
         (replace(SETTINGS, gradient=GradientSettings(reduction="adasum")), "adasum"),
         (replace(SETTINGS, data=DataSettings(batch_size_per_rank=8)), "use data.batch_size"),
-        (replace(SETTINGS, proof=ProofSettings(ledger=True, non_finite="skip")), "proof.non_finite is skip"),
+        (replace(SETTINGS, checks=CheckSettings(ledger=True, non_finite="skip")), "checks.non_finite is skip"),
     ],
 )
 def test_what_means_something_else_when_workers_come_and_go_is_refused(settings: Settings, why: str) -> None:
@@ -26,7 +26,7 @@ def test_what_means_something_else_when_workers_come_and_go_is_refused(settings:
         check_elastic(settings)
     assert refused.value.shared
     check_elastic(SETTINGS)
-    check_elastic(replace(SETTINGS, proof=ProofSettings(ledger=True)))
+    check_elastic(replace(SETTINGS, checks=CheckSettings(ledger=True)))
 
 
 def test_when_all_who_knew_are_lost_the_folder_tells_what_to_go_on_with(

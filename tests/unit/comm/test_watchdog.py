@@ -12,7 +12,7 @@ import pytest
 
 from lockstep.comm.watchdog import bad_state, verdict
 from lockstep.runtime.errors import ExitCode
-from lockstep.runtime.flight_recorder import Heartbeat, Recorder, record_path
+from lockstep.runtime.flight_recorder import FlightRecorder, Heartbeat, record_path
 from tests.launching import launch
 
 NOW = 1000.0
@@ -66,12 +66,12 @@ def test_if_all_wait_for_something_else_that_is_said() -> None:
 
 def test_the_state_of_a_process(tmp_path: Path) -> None:
     record = record_path(tmp_path, 0)
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.keep_in(record, 0, 1)
     assert bad_state(os.getpid(), record) is None
     assert bad_state(os.getpid(), tmp_path / "another") == "gone"  # its number was given to another process
     holds = (
-        f"from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = Recorder();"
+        f"from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = FlightRecorder();"
         f"r.keep_in(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(["python", "-c", holds], stdout=subprocess.PIPE) as process:
@@ -90,9 +90,9 @@ def test_the_state_of_a_process(tmp_path: Path) -> None:
 HANGS = """
 import threading, time
 from pathlib import Path
-from lockstep.runtime.flight_recorder import Recorder
+from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.comm.watchdog import Watchdog
-folder, recorder = Path({folder!r}), Recorder()
+folder, recorder = Path({folder!r}), FlightRecorder()
 watchdog = Watchdog(recorder, folder, 0, 1, 0.5, lambda code: None)
 recorder.enter("data loading", 3)
 {body}
@@ -149,7 +149,7 @@ def test_a_process_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
 
 def test_a_person_can_read_the_records(tmp_path: Path) -> None:
     (tmp_path / "recorder").mkdir()
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.enter("evaluation", update=63)
     recorder.keep_in(record_path(tmp_path / "recorder", 1), 1, 2)
     (tmp_path / "recorder" / "verdict.txt").write_text("the job stalled. rank 1: evaluation\n")

@@ -22,7 +22,7 @@ def test_a_model_is_cut_into_that_number_of_parts_and_merges_again(num_shards: i
         assert len(parts) == num_shards
         lengths = [len(part) for part in parts]
         assert max(lengths) - min(lengths) <= 1
-    merged = merge_shards(sharded, like=model)
+    merged = merge_shards(sharded, meta_state=model)
     assert list(merged) == list(model.state_dict())
     for name, tensor in model.state_dict().items():
         assert torch.equal(merged[name], tensor)
@@ -41,7 +41,7 @@ def test_parts_are_views() -> None:
 
 def test_non_contiguous_weights_merge_in_their_own_order() -> None:
     model = _model().to(memory_format=torch.channels_last)
-    merged = merge_shards(shard_model(model, 3), like=model)
+    merged = merge_shards(shard_model(model, 3), meta_state=model)
     assert all(torch.equal(merged[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -59,15 +59,15 @@ def test_sync_params_overwrites_every_part_in_place() -> None:
     storage = mine["3.weight"][1].data_ptr()
     sync_params(mine, shard_model(other, 3))
     assert mine["3.weight"][1].data_ptr() == storage
-    assert state_digest(merge_shards(mine, like=other)) == state_digest(other)
+    assert state_digest(merge_shards(mine, meta_state=other)) == state_digest(other)
 
 
 def test_sync_params_changes_nothing_where_the_parts_do_not_fit() -> None:
     mine = shard_model(_model(), 3)
-    before = state_digest(merge_shards(mine, like=_model()))
+    before = state_digest(merge_shards(mine, meta_state=_model()))
     with pytest.raises(ValueError, match="parts of"):
         sync_params(mine, {**shard_model(_model().double(), 3), "3.bias": []})
-    assert state_digest(merge_shards(mine, like=_model())) == before
+    assert state_digest(merge_shards(mine, meta_state=_model())) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -79,7 +79,7 @@ def test_a_merge_without_all_parts_is_refused(damage: str) -> None:
     else:
         sharded["0.bias"].pop()
     with pytest.raises(ValueError, match=r"0\.bias: its parts hold"):
-        merge_shards(sharded, like=model)
+        merge_shards(sharded, meta_state=model)
 
 
 def test_the_digest_sees_one_bit_and_every_name() -> None:

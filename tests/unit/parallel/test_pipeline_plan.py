@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lockstep.parallel.rank_grid import Layout
-from lockstep.parallel.schedule import Schedule, bubble, schedule_of
-from lockstep.parallel.stages import BlockCost, cut_blocks, measure_blocks
+from lockstep.parallel.pipeline_plan import BlockCost, Schedule, bubble, cut_blocks, measure_blocks, schedule_of
+from lockstep.parallel.rank_grid import RankGrid
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import PipelineSettings, Settings
 
@@ -85,9 +84,9 @@ def test_blocks_are_measured_by_what_they_take() -> None:
 
 def test_neighbouring_ranks_are_one_replica() -> None:
     settings = Settings(parallel="pipeline", pipeline=PipelineSettings(num_stages=3))
-    layouts = [Layout.of(settings, rank, 6) for rank in range(6)]
-    assert [(layout.replica, layout.stage) for layout in layouts] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    layouts = [RankGrid.of(settings, rank, 6) for rank in range(6)]
+    assert [(grid.replica, grid.stage) for grid in layouts] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert layouts[4].same_stage() == [[0, 3], [1, 4], [2, 5]]
     assert layouts[4].rank_of(2) == 5
-    assert [layout.counts_samples for layout in layouts] == [True, False, False, True, False, False]
-    assert Layout.of(Settings(), 2, 3) == Layout(3, 1, 2)
+    assert [grid.counts_samples for grid in layouts] == [True, False, False, True, False, False]
+    assert RankGrid.of(Settings(), 2, 3) == RankGrid(3, 1, 2)

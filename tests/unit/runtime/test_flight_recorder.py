@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.runtime.flight_recorder import WAITING, Recorder, read_heartbeats, record_path, stragglers
+from lockstep.runtime.flight_recorder import WAITING, FlightRecorder, read_heartbeats, record_path, stragglers
 from tests.launching import launch
 
 
 def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.enter("data loading", update=7)
     recorder.keep_in(record_path(tmp_path, 3), rank=3, size=4)
     recorder.enter("forward and backward pass")
@@ -35,7 +35,7 @@ def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
 
 
 def test_a_wait_that_fails_is_over(tmp_path: Path) -> None:
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.keep_in(record_path(tmp_path, 0), 0, 1)
     with pytest.raises(RuntimeError), recorder.waiting("barrier"):
         raise RuntimeError
@@ -45,7 +45,8 @@ def test_a_wait_that_fails_is_over(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
     """The page is the kernel's, not the process's: nothing has to be flushed."""
     program = (
-        "import os, signal; from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = Recorder();"
+        "import os, signal; from pathlib import Path; from lockstep.runtime.flight_recorder import *;"
+        "r = FlightRecorder();"
         f"r.keep_in(Path({str(tmp_path)!r}) / 'rank00005.bin', 5, 6); r.enter('optimizer step', 42);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -55,7 +56,7 @@ def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
 
 
 def test_long_names_are_cut_and_other_files_passed_over(tmp_path: Path) -> None:
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.keep_in(record_path(tmp_path, 0), 0, 2)
     recorder.enter("é" * 100)
     (tmp_path / "rank00001.bin").write_bytes(b"torn")
@@ -65,7 +66,7 @@ def test_long_names_are_cut_and_other_files_passed_over(tmp_path: Path) -> None:
 
 
 def test_time_is_charged_to_phases_and_to_waiting() -> None:
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.take_seconds()
     recorder.enter("optimizer step")
     time.sleep(0.05)
@@ -89,7 +90,7 @@ def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
 
 
 def test_waiting_apart_from_the_others_says_nothing_of_them() -> None:
-    recorder = Recorder()
+    recorder = FlightRecorder()
     recorder.enter("training")
     with recorder.apart("profiling"), recorder.waiting("barrier"):
         time.sleep(0.05)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lockstep.comm.cluster import Cluster
-from lockstep.parallel.rank_grid import Layout
+from lockstep.parallel.rank_grid import RankGrid
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import EnvSettings, ModelSettings, PpoSettings, Settings
 from lockstep.tasks.environments import Environments, make_one
@@ -96,7 +96,7 @@ def test_a_value_is_taken_from_where_time_ended_and_not_from_where_the_walk_did(
         task="ppo", precision="float64", env=corridor, model=ModelSettings(name="mlp"), ppo=PpoSettings(num_steps=40)
     )
     task = Ppo(settings, Cluster.alone())
-    strategy = build_strategy(Cluster.alone(), settings, task, Layout.of(settings, 0, 1))
+    strategy = build_strategy(Cluster.alone(), settings, task, RankGrid.of(settings, 0, 1))
     rollout: Rollout = next(task.build_loader(0, 1, strategy).rest_of_epoch())
 
     def value(place: float) -> float:

@@ -79,7 +79,7 @@ def test_the_loss_is_equation_9(clip_value: float | None) -> None:
     actions = torch.tensor([0, 1, 0, 1, 1, 0])
     old = torch.randn(6, generator=generator, dtype=torch.float64) * 0.3 - 0.7
     batch = _minibatch(actions, old)
-    loss, tally = task.loss_sum(outputs, batch)
+    loss, metric_sums = task.loss_sum(outputs, batch)
     expected = 0.0
     for row in range(6):
         logits, value = outputs[row, :2].tolist(), float(outputs[row, 2])
@@ -96,8 +96,8 @@ def test_the_loss_is_equation_9(clip_value: float | None) -> None:
         entropy = -sum(p * math.log(p) for p in probabilities)
         expected += -surrogate + 0.7 * value_loss - 0.03 * entropy
     assert float(loss) == pytest.approx(expected, rel=1e-12)
-    assert tally[COUNT] == 6
-    assert len(tally) == COUNT + 1
+    assert metric_sums[COUNT] == 6
+    assert len(metric_sums) == COUNT + 1
 
 
 def test_the_divergence_is_0_where_nothing_has_changed() -> None:
@@ -109,7 +109,7 @@ def test_the_divergence_is_0_where_nothing_has_changed() -> None:
     assert scores["approx_kl"] == pytest.approx(0, abs=1e-14)
     assert scores["clip_fraction"] == 0
     assert "return" not in scores
-    assert task.scores([0.0] * task.tally_size) == {}
+    assert task.scores([0.0] * task.num_metric_sums) == {}
 
 
 @pytest.mark.parametrize("actions", [Categorical(DISCRETE), Gaussian(BOX)], ids=["discrete", "continuous"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.cluster import Cluster
-from lockstep.parallel.tensor_slices import Part, State
+from lockstep.parallel.tensor_slices import Shard, State
 from lockstep.runtime.errors import StorageError
 from lockstep.settings import CheckpointSettings
 from lockstep.training import checkpoint as module
@@ -42,7 +42,7 @@ def _write(run: Path, *steps: int, keep: int = 10) -> None:
 
 
 def _state(tensors: dict[str, Tensor]) -> State:
-    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+    return {name: Shard.whole(tensor) for name, tensor in tensors.items()}
 
 
 def _names(run: Path) -> list[int]:

@@ -14,7 +14,7 @@ from lockstep.runtime.errors import ExitCode, SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.training.plots import plot_curves, plot_mistakes
 from lockstep.training.run_folder import RunFolder
-from lockstep.training.run_logger import RootJournal
+from lockstep.training.run_logger import RootRunLogger
 
 PNG_HEADER = b"\x89PNG\r\n"
 
@@ -111,16 +111,16 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with (
         pytest.raises(StorageError, match="No space left"),
-        RootJournal(RunFolder(tmp_path), Settings(), num_updates=1) as journal,
+        RootRunLogger(RunFolder(tmp_path), Settings(), num_updates=1) as run_logger,
     ):
-        journal.record("train", 1, epoch=0, samples=64, loss=1.0, accuracy=0.5)
+        run_logger.record("train", 1, epoch=0, samples=64, loss=1.0, accuracy=0.5)
 
 
-def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
-    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
-        journal.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.25, learning_rate=0.125)
-        journal.record("held_out", 2, epoch=1, samples=128, loss=1.5, accuracy=0.75)
-        journal.advance(2)
+def test_the_run_logger_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
+    with RootRunLogger(RunFolder(tmp_path), Settings(), num_updates=2) as run_logger:
+        run_logger.record("train", 1, epoch=0, samples=64, loss=2.5, accuracy=0.25, learning_rate=0.125)
+        run_logger.record("held_out", 2, epoch=1, samples=128, loss=1.5, accuracy=0.75)
+        run_logger.advance(2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
         {"kind": "train", "step": 1, "epoch": 0, "samples": 64, "loss": 2.5, "accuracy": 0.25, "learning_rate": 0.125},
@@ -133,9 +133,9 @@ def test_the_journal_keeps_every_value_in_both_formats(tmp_path: Path) -> None:
 
 
 def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
-    with RootJournal(RunFolder(tmp_path), Settings(), num_updates=2) as journal:
-        journal.record("held_out", 1, epoch=0, samples=64, loss=2.0, accuracy=0.5)
-        journal.record("held_out", 2, epoch=1, samples=128, loss=float("inf"), accuracy=0.5)
+    with RootRunLogger(RunFolder(tmp_path), Settings(), num_updates=2) as run_logger:
+        run_logger.record("held_out", 1, epoch=0, samples=64, loss=2.0, accuracy=0.5)
+        run_logger.record("held_out", 2, epoch=1, samples=128, loss=float("inf"), accuracy=0.5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", ("loss", "accuracy"), "images")
 
@@ -147,11 +147,11 @@ def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None
     assert (tmp_path / "mistakes.png").read_bytes().startswith(PNG_HEADER)
 
 
-def test_a_quiet_journal_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_run_logger_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for quiet, said in ((True, ""), (False, "Epoch: 0\n")):
         (tmp_path / str(quiet)).mkdir()
-        with RootJournal(RunFolder(tmp_path / str(quiet)), Settings(quiet=quiet), num_updates=1) as journal:
-            journal.say("Epoch: 0")
-            journal.record("train", 1, epoch=0, samples=64, loss=2.0)
+        with RootRunLogger(RunFolder(tmp_path / str(quiet)), Settings(quiet=quiet), num_updates=1) as run_logger:
+            run_logger.say("Epoch: 0")
+            run_logger.record("train", 1, epoch=0, samples=64, loss=2.0)
         assert capsys.readouterr().out == said
         assert '"loss": 2.0' in (tmp_path / str(quiet) / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Where a journal goes on whose writer is gone."""
+"""Where a run log goes on whose writer is gone."""
 
 import json
 from pathlib import Path
@@ -30,5 +30,5 @@ def test_a_line_that_was_cut_short_is_cut_off(torn: str, tmp_path: Path) -> None
     assert mark_after(metrics, 5) == len(whole)
 
 
-def test_a_journal_that_was_never_begun_goes_on_at_its_beginning(tmp_path: Path) -> None:
+def test_a_run_logger_that_was_never_begun_goes_on_at_its_beginning(tmp_path: Path) -> None:
     assert mark_after(tmp_path / "metrics.jsonl", 5) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lockstep.runtime.errors import StorageError
-from lockstep.training.sample_ledger import Ledger, find_gaps, last_attempt, ledger_digest, read_ledger
+from lockstep.training.sample_ledger import SampleLedger, find_gaps, last_attempt, ledger_digest, read_ledger
 
 BATCHES = np.arange(12).reshape(4, 3)  # four updates an epoch of 12 samples
 
@@ -15,8 +15,8 @@ def _attempt(run: Path, attempt: int, start: int, stop: int, num_ranks: int, los
     """Updates start ... stop - 1, dealt to `num_ranks` ranks; a kill takes the last bytes of each file."""
     run.mkdir(exist_ok=True)
     for rank in range(num_ranks):
-        path = Ledger.path(run, attempt, start, rank, num_ranks)
-        ledger = Ledger(path, num_samples=12)
+        path = SampleLedger.path(run, attempt, start, rank, num_ranks)
+        ledger = SampleLedger(path, num_samples=12)
         for update in range(start, stop):
             ledger.record(update, update // 4, np.array_split(BATCHES[update % 4], num_ranks)[rank])
         ledger.close()
@@ -42,7 +42,7 @@ def test_an_unfinished_epoch_is_exact_so_far(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_was_used_twice_is_found(tmp_path: Path) -> None:
-    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
+    ledger = SampleLedger(SampleLedger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
     for update in range(4):
         ledger.record(update, 0, np.array([*BATCHES[update], 5]) if update == 2 else BATCHES[update])
     ledger.close()
@@ -62,14 +62,14 @@ def test_a_lost_update_is_found(tmp_path: Path) -> None:
 def test_ranks_that_died_at_different_updates_raise_no_alarm(tmp_path: Path) -> None:
     """Rank 1's last entries went with it: they count on no rank, and the next attempt does them again."""
     _attempt(tmp_path, 0, start=0, stop=6, num_ranks=2)
-    path = Ledger.path(tmp_path, 0, 0, rank=1, num_ranks=2)
+    path = SampleLedger.path(tmp_path, 0, 0, rank=1, num_ranks=2)
     path.write_bytes(path.read_bytes()[: 8 + 3 * 8 * 5])
     (account,) = read_ledger(tmp_path)
     assert (account.num_used, account.is_exact_so_far) == (9, True)
 
 
 def test_an_epoch_that_is_missing_is_found(tmp_path: Path) -> None:
-    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
+    ledger = SampleLedger(SampleLedger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
     for epoch in (0, 2):
         ledger.record(epoch, epoch, np.arange(12))
     ledger.close()
@@ -77,7 +77,7 @@ def test_an_epoch_that_is_missing_is_found(tmp_path: Path) -> None:
 
 
 def test_skipped_updates_are_counted_apart(tmp_path: Path) -> None:
-    ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
+    ledger = SampleLedger(SampleLedger.path(tmp_path, 0, 0, rank=0, num_ranks=1), num_samples=12)
     ledger.record(0, 0, np.arange(8))
     ledger.record(1, 0, np.arange(8, 12), skipped=True)
     ledger.close()
@@ -86,7 +86,7 @@ def test_skipped_updates_are_counted_apart(tmp_path: Path) -> None:
 
 
 def test_an_altered_ledger_is_told(tmp_path: Path) -> None:
-    path = Ledger.path(tmp_path, 0, 0, rank=0, num_ranks=1)
+    path = SampleLedger.path(tmp_path, 0, 0, rank=0, num_ranks=1)
     path.parent.mkdir()
     path.write_bytes(np.array([12, 0, 0, 0, -3], dtype="<i8").tobytes())
     with pytest.raises(StorageError, match="altered"):
@@ -104,9 +104,9 @@ def test_the_digest_is_the_same_however_often_a_run_stopped(tmp_path: Path) -> N
 
 def test_no_ledger_is_told(tmp_path: Path) -> None:
     assert last_attempt(tmp_path) == -1
-    with pytest.raises(StorageError, match=r"proof\.ledger"):
+    with pytest.raises(StorageError, match=r"checks\.ledger"):
         read_ledger(tmp_path)
-    silent = Ledger(None, num_samples=3)
+    silent = SampleLedger(None, num_samples=3)
     silent.record(0, 0, np.arange(3))
     silent.flush()
     silent.close()
@@ -118,8 +118,8 @@ def test_what_a_lost_rank_has_announced_counts_only_if_it_was_done(tmp_path: Pat
     _attempt(tmp_path, 0, start=0, stop=2, num_ranks=3)
     parts = np.array_split(BATCHES[2], 3)
     for rank in range(3):
-        path = Ledger.path(tmp_path, 1, 2, rank, 3)
-        ledger = Ledger(path, num_samples=12, ahead=True)
+        path = SampleLedger.path(tmp_path, 1, 2, rank, 3)
+        ledger = SampleLedger(path, num_samples=12, ahead=True)
         ledger.announce(2, 0, parts[rank])
         assert path.stat().st_size == 8 * (1 + 4 + 1)  # at once: nothing more comes from a rank that is killed
         ledger.record(2, 0, parts[rank])
@@ -136,7 +136,7 @@ def test_what_a_lost_rank_has_announced_counts_only_if_it_was_done(tmp_path: Pat
 
 def test_a_rank_that_is_lost_before_its_first_update_leaves_no_update(tmp_path: Path) -> None:
     for rank in range(2):
-        ledger = Ledger(Ledger.path(tmp_path, 0, 0, rank, 2), num_samples=12, ahead=True)
+        ledger = SampleLedger(SampleLedger.path(tmp_path, 0, 0, rank, 2), num_samples=12, ahead=True)
         if rank == 0:
             ledger.announce(0, 0, BATCHES[0])
         ledger.close()
@@ -147,7 +147,7 @@ def test_a_whole_ledger_has_no_gaps_through_kills(tmp_path: Path) -> None:
     """An attempt that was killed before its second rank had a file, and one before it had written a byte."""
     _attempt(tmp_path, 0, start=0, stop=6, num_ranks=2, lost_bytes=5)
     _attempt(tmp_path, 1, start=4, stop=4, num_ranks=2)
-    Ledger.path(tmp_path, 1, 4, 0, 2).unlink()
+    SampleLedger.path(tmp_path, 1, 4, 0, 2).unlink()
     _attempt(tmp_path, 2, start=4, stop=7, num_ranks=3)
     _attempt(
         tmp_path, 3, start=2, stop=2, num_ranks=2, lost_bytes=8
@@ -159,13 +159,13 @@ def test_a_whole_ledger_has_no_gaps_through_kills(tmp_path: Path) -> None:
 
 def _cut(run: Path, name: str) -> None:
     """Two ranks: updates 0 ... 3, then 2 ... 7, then 6 ... 7."""
-    first, middle, last = (Ledger.path(run, attempt, start, 1, 2) for attempt, start in ((0, 0), (1, 2), (2, 6)))
+    first, middle, last = (SampleLedger.path(run, attempt, start, 1, 2) for attempt, start in ((0, 0), (1, 2), (2, 6)))
     numbers = np.fromfile(last, dtype="<i8")  # the size, then twice update, epoch, skipped, 1, the id
     match name:
         case "a rank's file is gone":
             last.unlink()
         case "the first rank's file is gone":
-            Ledger.path(run, 2, 6, 0, 2).unlink()
+            SampleLedger.path(run, 2, 6, 0, 2).unlink()
         case "an attempt is gone":
             for file in run.glob("ledger/000001-*"):
                 file.unlink()

@@ -18,17 +18,17 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from lockstep.settings import Settings
-from lockstep.training.run_logger import RootJournal
+from lockstep.training.run_logger import RootRunLogger
 from lockstep.training.position import Progress
 from lockstep.training.run_folder import RunFolder
 
-with RootJournal(RunFolder(Path(sys.argv[1])), Settings(), num_updates=5000) as journal:
+with RootRunLogger(RunFolder(Path(sys.argv[1])), Settings(), num_updates=5000) as run_logger:
     for step in (100, 2500):
         time.sleep(0.5)
-        journal.advance(step)
-        journal.record("train", step, epoch=0, samples=64 * step, loss=2.5)
-        journal.say_progress(f"Batch: {step}", Progress(step, 64 * step, seconds=step / 10), "images")
-        journal._progress.refresh()
+        run_logger.advance(step)
+        run_logger.record("train", step, epoch=0, samples=64 * step, loss=2.5)
+        run_logger.say_progress(f"Batch: {step}", Progress(step, 64 * step, seconds=step / 10), "images")
+        run_logger._progress.refresh()
 """
 
 

@@ -1,9 +1,18 @@
-"""A model's blocks, cut into the stages of a pipeline: by hand, or balanced by measured cost."""
+"""The plan of a pipeline: which blocks lie in which stage, and which micro-batch a stage works on when.
+
+Blocks are cut into stages by hand, or balanced by measured cost. The schedules are pure functions:
+
+    GPipe (Huang et al. 2019, section 2.3)      all forward, then all backward: every activation is kept
+    1F1B (Narayanan et al. 2019, section 3.2)   one forward, one backward in turn: a stage keeps those of as many
+                                                micro-batches as there are stages from it on
+
+Both take as long: of m micro-batches and p stages, a part (p - 1) / (m + p - 1) of the time is the bubble.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,3 +133,30 @@ def wait_for_device(tensor: Tensor) -> None:
     """Until what computes `tensor` has, so that a clock can be read."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+# -- the order of micro-batches ------------------------------------------------------------------------------------
+
+Schedule = Literal["1f1b", "gpipe"]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One pass of one micro-batch through a stage."""
+
+    kind: Literal["forward", "backward"]
+    micro_batch: int
+
+
+def schedule_of(schedule: Schedule, stage: int, num_stages: int, num_micro_batches: int) -> list[Action]:
+    """What `stage` does in one update, in order: each micro-batch forward once, and backward once, in order."""
+    forward = [Action("forward", index) for index in range(num_micro_batches)]
+    backward = [Action("backward", index) for index in range(num_micro_batches)]
+    num_ahead = num_micro_batches if schedule == "gpipe" else min(num_micro_batches, num_stages - stage - 1)
+    steady = [action for pair in zip(forward[num_ahead:], backward, strict=False) for action in pair]
+    return [*forward[:num_ahead], *steady, *backward[num_micro_batches - num_ahead :]]
+
+
+def bubble(num_stages: int, num_micro_batches: int) -> float:
+    """The part of an update's time in which a stage has nothing to do, if all stages take equally long."""
+    return (num_stages - 1) / (num_micro_batches + num_stages - 1)

@@ -1,10 +1,10 @@
-"""What the proofs cost: ledger, sentinel, checkpoints and deterministic mode, beside the same updates without them.
+"""What the checks cost: ledger, replica check, checkpoints, deterministic mode, beside the same updates without them.
 
-    env/run mpirun -np 2 lockstep benchmark proofs
+    env/run mpirun -np 2 lockstep benchmark checks
 
 All variants train in turn in one run, block by block, in an order that rotates; each ratio is the median over the
 rounds of (this variant's block) / (the plain block of the same round). Where blocks differ by more than what is to be
-measured, the last column tells: the proof's own time over that of an update.
+measured, the last column tells: the check's own time over that of an update.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -24,12 +23,12 @@ from lockstep.benchmark.throughput import forever
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.tensor_slices import State
-from lockstep.settings import CheckpointSettings, DataSettings, ProofSettings, Settings
+from lockstep.settings import CheckpointSettings, CheckSettings, DataSettings, Settings
 from lockstep.tasks.classify import Classify
 from lockstep.training.build import build_trainer
 from lockstep.training.checkpoint import commit, write_parts
 from lockstep.training.run_folder import RunFolder
-from lockstep.training.sample_ledger import Ledger
+from lockstep.training.sample_ledger import SampleLedger
 from lockstep.training.trainer import Trainer
 
 NUM_SAVES = 21
@@ -38,7 +37,7 @@ PLAIN = Settings(
     log_interval=10**9,
     data=DataSettings(batch_size_per_rank=32),
     checkpoint=CheckpointSettings(interval=0),
-    proof=ProofSettings(sentinel_interval=0),
+    checks=CheckSettings(replica_interval=0),
 )
 
 
@@ -46,11 +45,11 @@ def _variants(block: int) -> dict[str, Settings]:
     """By name; each interval falls due once in a `block` of updates."""
     return {
         "plain": PLAIN,
-        "ledger": replace(PLAIN, proof=replace(PLAIN.proof, ledger=True)),
-        f"sentinel, every {block}": replace(PLAIN, proof=replace(PLAIN.proof, sentinel_interval=block)),
+        "ledger": replace(PLAIN, checks=replace(PLAIN.checks, ledger=True)),
+        f"replica check, every {block}": replace(PLAIN, checks=replace(PLAIN.checks, replica_interval=block)),
         f"checkpoint, every {block}": replace(PLAIN, checkpoint=CheckpointSettings(interval=block)),
         "checkpoint, no thread": replace(PLAIN, checkpoint=CheckpointSettings(interval=block, asynchronous=False)),
-        "deterministic": replace(PLAIN, proof=replace(PLAIN.proof, deterministic=True)),
+        "deterministic": replace(PLAIN, checks=replace(PLAIN.checks, deterministic=True)),
     }
 
 
@@ -96,7 +95,7 @@ def main(cluster: Cluster, arguments: Sequence[str]) -> None:
 def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
     cluster.on_root(lambda: folder.mkdir())
     trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
-    return Runner(trainer, forever(trainer), settings.proof.deterministic)
+    return Runner(trainer, forever(trainer), settings.checks.deterministic)
 
 
 def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
@@ -106,12 +105,10 @@ def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
     stalls: list[float] = []
     whole: list[float] = []
     for step in range(10**6, 10**6 + NUM_SAVES):
-        waits = [_time(trainer.checkpoint)]
-        wait_for_copy = trainer.writer.wait_for_copy
-        trainer.writer.wait_for_copy = partial(_append_time, waits, wait_for_copy)  # type: ignore[method-assign]
+        before = trainer.writer.seconds_waited
+        saving = _time(trainer.checkpoint)
         trainer.update(next(runner.batches))
-        trainer.writer.wait_for_copy = wait_for_copy  # type: ignore[method-assign]
-        stalls.append(sum(waits))
+        stalls.append(saving + trainer.writer.seconds_waited - before)
         trainer.writer.wait()
         if trainer.strategy.is_saved_here:
             whole.append(_time(_write, folder, step, trainer.strategy.saved_state()))
@@ -123,22 +120,18 @@ def _write(folder: Path, step: int, state: State) -> None:
 
 
 def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path, block: int) -> dict[str, float]:
-    """Collective: seconds an update that ledger and sentinel take by themselves, at the default interval."""
-    ledger = Ledger(Ledger.path(folder, 0, 0, cluster.rank, cluster.size), num_samples=block)
+    """Collective: seconds an update that ledger and replica check take by themselves, at the default interval."""
+    ledger = SampleLedger(SampleLedger.path(folder, 0, 0, cluster.rank, cluster.size), num_samples=block)
     ids = np.arange(32)
     recording = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
     comparing = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))
-    return {"ledger": recording, f"sentinel, every {block}": comparing / block}
+    return {"ledger": recording, f"replica check, every {block}": comparing / block}
 
 
 def _time(function: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
-
-
-def _append_time(times: list[float], function: Callable[[], object]) -> None:
-    times.append(_time(function))
 
 
 def _print(
@@ -161,7 +154,7 @@ def _print(
 
 def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="lockstep benchmark proofs",
+        prog="lockstep benchmark checks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
