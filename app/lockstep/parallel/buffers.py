@@ -1,4 +1,4 @@
-"""Running statistics, such as batch norm's: buffers that each rank's forward passes change, kept equal on all ranks."""
+"""Buffers that forward passes change, such as batch norm's running statistics, kept equal on all ranks."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class Buffers:
     def __init__(self, model: nn.Module, cluster: Cluster) -> None:
         saved = model.state_dict()
         self._cluster = cluster
-        # By data type, and by place: a forward pass may put another tensor where a buffer was.
+        # By data type, and by module and name: a forward pass may replace a buffer by another tensor.
         self._places: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
         seen: set[Tensor] = set()
         for prefix, module in model.named_modules():
@@ -22,18 +22,18 @@ class Buffers:
                 if name in saved and buffer not in seen:
                     seen.add(buffer)
                     self._places.setdefault(buffer.dtype, []).append((module, name.rpartition(".")[2]))
-        # Caches and the like: each rank has its own, and what they are, or whether they are, may change.
+        # Caches and the like: each rank has its own, and a forward pass may replace, add or remove them.
         self._others = [(m, name) for m in model.modules() for name, buffer in m._buffers.items() if buffer not in seen]
         self.remember()
 
     def remember(self) -> None:
-        """Take the buffers, which are equal on all ranks now, for what the next changes start from."""
+        """Remember the buffers, which are equal on all ranks now, as what the next changes start from."""
         self._before = self._copies()
         self._remember_others()
 
     @torch.no_grad()
     def forget_changes(self) -> None:
-        """Undo what forward passes have changed since all ranks agreed on the buffers. Waits for no rank."""
+        """Undo what forward passes have changed since the last `average` or `remember`. Not a collective."""
         self._put_back()
         for (module, name), (other, value) in zip(self._others, self._others_before, strict=True):
             module._buffers[name] = other
@@ -41,7 +41,7 @@ class Buffers:
                 other.copy_(value)
 
     def _put_back(self) -> None:
-        """What is remembered of the persistent buffers becomes their content. Waits for no device."""
+        """Set the persistent buffers to what is remembered of them. Does not wait for the device."""
         for places, before in zip(self._places.values(), self._before, strict=True):
             buffers = [self._at(*place) for place in places]
             sizes = [buffer.numel() for buffer in buffers]
@@ -50,10 +50,10 @@ class Buffers:
 
     @torch.no_grad()
     def average(self, share: float) -> None:
-        """Collective: one small sum, if there is any buffer.
+        """Collective: average the changes over the ranks, by one small all-reduce, if there is any buffer.
 
         Args:
-            share: this rank's part of the global batch, 0 ... 1.
+            share: this rank's share of the global batch, 0 ... 1.
         """
         if not self._places or self._cluster.size == 1:
             self.remember()
@@ -76,7 +76,7 @@ class Buffers:
 
     @torch.no_grad()
     def _copies(self) -> list[Tensor]:
-        """The buffers of each data type, one after the other."""
+        """Copy the persistent buffers, those of each data type into one flat tensor."""
         return [torch.cat([self._at(*place).flatten() for place in places]) for places in self._places.values()]
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Model sharding, parameter sync and merging (reference, sections 4.2, 4.3 and step 5 of 3): pure functions of tensors.
 
-A model in parts maps each tensor's name to its parts in order. Tensors are cut by elements, in row-major order, into a
-*number* of parts that differ by one element at most; the reference's `split(num_shards)` cut by *size*.
+A sharded model maps each tensor's name to its shards in order. Tensors are cut by elements, in row-major order, into a
+*number* of shards that differ by one element at most; the reference's `split(num_shards)` cut by *size*.
 """
 
 import hashlib
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from lockstep.data.sharding import content_hash, shard_bounds
 from lockstep.runtime.errors import ReplicasDifferError
 
-if TYPE_CHECKING:  # to import it for good is to become an MPI process
+if TYPE_CHECKING:  # importing it makes this process an MPI rank
     from lockstep.comm.ranks import Ranks
 
 ShardedTensors = dict[str, list[Tensor]]
 
 
 def shard_model(model: nn.Module | Mapping[str, Tensor], num_shards: int) -> ShardedTensors:
-    """Cut every parameter and buffer of `model` into `num_shards` flat parts (reference, section 4.2).
+    """Cut every parameter and buffer of `model` into `num_shards` flat shards (reference, section 4.2).
 
     Returns:
-        name -> `num_shards` tensors (n,), in order; the last parts of a small tensor may be empty. They are views of
-        the model's tensors, not copies; only of a tensor that is not contiguous, such as a channels-last one, copies.
+        name -> `num_shards` tensors (n,), in order; the last shards of a small tensor may be empty. They are views
+        of the model's tensors; copies only where a tensor is not contiguous, such as a channels-last one.
     """
     return {name: _parts(tensor, num_shards) for name, tensor in state_tensors(model).items()}
 
 
 def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Sequence[Tensor]]) -> None:
-    """Overwrite the parts in `sharded` with those of `params`, in place (reference, section 4.3).
+    """Overwrite the shards in `sharded` with those of `params`, in place (reference, section 4.3).
 
     Raises:
-        ValueError: `params` lacks a tensor, or has it in parts of other numbers or lengths; nothing is changed then.
+        ValueError: `params` lacks a tensor, or has other numbers or lengths of shards; nothing is changed then.
     """
     for name, parts in sharded.items():
         have, want = [len(part) for part in params.get(name, ())], [len(part) for part in parts]
@@ -49,14 +49,14 @@ def sync_params(sharded: Mapping[str, Sequence[Tensor]], params: Mapping[str, Se
 def merge_shards(
     sharded: Mapping[str, Sequence[Tensor]], meta_state: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Put the parts of every tensor together again (reference, step 5 of section 3): the inverse of `shard_model`.
+    """Join the shards of every tensor (reference, step 5 of section 3): the inverse of `shard_model`.
 
     Args:
-        sharded: the parts, for every name in `meta_state`.
+        sharded: the shards, for every name in `meta_state`.
         meta_state: gives names and shapes; its values are not used.
 
     Raises:
-        ValueError: the parts of a tensor are missing, or do not add up to its shape.
+        ValueError: the shards of a tensor are missing, or do not add up to its shape.
     """
     merged = {}
     for name, tensor in state_tensors(meta_state).items():
@@ -70,45 +70,45 @@ def merge_shards(
 def merge_on_root(
     ranks: "Ranks",
     meta_state: Mapping[str, Tensor],
-    part_of: Callable[[str], Tensor],
+    shard_of: Callable[[str], Tensor],
     write: Callable[[str, Tensor], None] | None,
 ) -> None:
-    """Collective: merge a model that lives in parts on all ranks, tensor by tensor, so that rank 0 needs memory for the
+    """Collective: merge a model that is sharded over all ranks, tensor by tensor, so that rank 0 needs memory for the
     largest tensor only (reference, step 5 of section 3).
 
     Args:
         meta_state: gives names, shapes and data types.
-        part_of: this rank's flat part (n,) of a tensor, or an empty one; in the order of the ranks they make it up.
+        shard_of: this rank's flat shard (n,) of a tensor, or an empty one; in rank order they are the tensor.
         write: what rank 0 does with each merged tensor.
 
     Raises:
-        ReplicasDifferError: on rank 0: a part is not what its rank has sent, or parts are missing.
+        ReplicasDifferError: on rank 0: a shard is not what its rank has sent, or shards are missing.
     """
     for name, tensor in meta_state.items():
-        mine = part_of(name).to(tensor.dtype)
-        vouched = ranks.all_gather_object(content_hash(mine))
-        parts = ranks.gather_parts(mine)
-        for rank, (part, of_rank) in enumerate(zip(parts, vouched, strict=False)):
-            if content_hash(part) != of_rank:
-                raise ReplicasDifferError(f"the merge of {name}: the part that came from rank {rank} is another")
+        mine = shard_of(name).to(tensor.dtype)
+        sent_hashes = ranks.all_gather_object(content_hash(mine))
+        shards = ranks.gather_parts(mine)
+        for rank, (shard, sent_hash) in enumerate(zip(shards, sent_hashes, strict=False)):
+            if content_hash(shard) != sent_hash:
+                raise ReplicasDifferError(f"the merge of {name}: what came from rank {rank} is not what it sent")
         if ranks.is_root and write:
-            write(name, merge_shards({name: parts}, meta_state={name: tensor})[name])
+            write(name, merge_shards({name: shards}, meta_state={name: tensor})[name])
 
 
 def meta_state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Names, shapes and data types of all parameters and persistent buffers, as tensors without content."""
+    """Describe all parameters and persistent buffers by tensors on the meta device: names, shapes, data types."""
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in state_tensors(model).items()}
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Each name of each parameter -> the first of that parameter's names: tied weights have several."""
+    """Map each name of each parameter to the first of that parameter's names: tied weights have several."""
     known: dict[Tensor, str] = {}
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: known.setdefault(parameter, name) for name, parameter in parameters}
 
 
 def state_tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Parameters and persistent buffers by name, detached, in the order of the model."""
+    """Collect parameters and persistent buffers by name, detached, in the order of the model."""
     return model.state_dict() if isinstance(model, nn.Module) else model
 
 

@@ -1,8 +1,8 @@
-"""A pipeline: the model's blocks in stages on neighbouring ranks, through which micro-batches flow.
+"""A pipeline: the model's blocks in stages on neighbouring ranks, through which micro-batches pass.
 
 Ranks that hold the same stage of different replicas sum their gradients, as `replicated` does with the whole model.
-Every block draws its random numbers (dropout) by update, replica, micro-batch and block, so that neither the cut into
-stages nor the schedule changes what is learned. Batch norm normalises by micro-batch.
+Random numbers (dropout) are seeded by update, replica, micro-batch and block, so that neither the cut into stages nor
+the schedule changes the result. Batch norm normalises by micro-batch.
 """
 
 import math
@@ -43,7 +43,7 @@ class Pipeline(UnshardedStrategy):
     """One stage of one replica.
 
     Attributes:
-        costs: of every block of the model, as measured on rank 0.
+        costs: of every block of the model, measured on rank 0.
         firsts: the index of each stage's first block.
     """
 
@@ -57,11 +57,11 @@ class Pipeline(UnshardedStrategy):
         objective: Objective,
         example: Tensor,
     ) -> None:
-        """Collective: every rank takes its stage of rank 0's blocks.
+        """Collective: give every rank its stage of rank 0's blocks.
 
         Args:
-            make_blocks: named, in the order in which they are computed; each takes one tensor and gives one, the first
-                dimension of which counts samples. The same weights at every call.
+            make_blocks: builds the named blocks in the order in which they are computed; each takes and returns one
+                tensor, whose first dimension counts samples. Every call must give the same weights.
             example: inputs (n, ...) of a micro-batch, to measure the blocks with.
 
         Raises:
@@ -139,7 +139,7 @@ class Pipeline(UnshardedStrategy):
     def squared_gradient_norm(self) -> float:
         loss = self.gradients.flat[-1].double()
         squared_norm = torch.tensor(self.gradients.squared_norm(), dtype=torch.float64, device=loss.device)
-        # Every replica has the same.
+        # Every replica contributes the same numbers.
         sums = torch.stack([loss, squared_norm]) / self._grid.num_replicas
         loss, squared_norm = self._cluster.sum_(sums, name="norm")
         return float(squared_norm) if loss.isfinite() else math.nan
@@ -185,7 +185,7 @@ class Pipeline(UnshardedStrategy):
         return self._grid.stage > 0 if action.kind == "forward" else not self._is_last
 
     def _post_next(self, to_come: Iterator[Action], micro_batches: Sequence[Batch]) -> None:
-        """Receive one message ahead of its use."""
+        """Begin to receive the next message, ahead of its use."""
         action = next(to_come, None)
         if action is not None:
             num_samples = len(micro_batches[action.micro_batch])
@@ -193,12 +193,12 @@ class Pipeline(UnshardedStrategy):
             self._posted.append(self._receive(num_samples, self._grid.stage + source, tag))
 
     def _receive(self, num_samples: int, stage: int, tag: int) -> Message:
-        """What lies on the border to a neighbouring `stage`: the outputs of the block before it, or their gradients."""
+        """Begin to receive from a neighbouring `stage` the outputs of the block between, or their gradients."""
         tensor = self._border(num_samples, self.firsts[max(stage, self._grid.stage)] - 1)
         return self._cluster.begin_receive(tensor, self._grid.rank_of(stage), tag)
 
     def _border(self, num_samples: int, block: int) -> Tensor:
-        """A tensor like the outputs of a block."""
+        """An empty tensor of the shape and type of a block's outputs."""
         cost = self.costs[block]
         return torch.empty((num_samples, *cost.output_shape), dtype=cost.output_dtype, device=self._cluster.device)
 
@@ -228,10 +228,10 @@ def _cut(costs: Sequence[BlockCost], settings: Settings, num_stages: int) -> lis
 
 
 def _first_names(block: nn.Module, name: str, stage: int, places: WeakIdKeyDictionary) -> dict[str, str]:
-    """Each name of each parameter of `block` -> the first of that parameter's names in the whole model.
+    """Map each name of each parameter of `block` to the first of that parameter's names in the whole model.
 
     Args:
-        places: of the parameters so far: stage, name.
+        places: stage and first name of each parameter so far.
 
     Raises:
         SettingsError: on every rank: `block` shares a parameter with a block of another stage.

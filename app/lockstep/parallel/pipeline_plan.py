@@ -3,10 +3,10 @@
 Blocks are cut into stages by hand, or balanced by measured cost. The schedules are pure functions:
 
     GPipe (Huang et al. 2019, section 2.3)      all forward, then all backward: every activation is kept
-    1F1B (Narayanan et al. 2019, section 3.2)   one forward, one backward in turn: a stage keeps those of as many
-                                                micro-batches as there are stages from it on
+    1F1B (Narayanan et al. 2019, section 3.2)   one forward, one backward in turn: a stage keeps the activations of
+                                                at most as many micro-batches as there are stages from it on
 
-Both take as long: of m micro-batches and p stages, a part (p - 1) / (m + p - 1) of the time is the bubble.
+Both take equally long: with m micro-batches and p stages, (p - 1) / (m + p - 1) of the time is the bubble.
 """
 
 import time
@@ -22,12 +22,12 @@ from lockstep.runtime.errors import SettingsError
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What a block was measured to take and give.
+    """What was measured of a block.
 
     Attributes:
         seconds: forward and backward, of one micro-batch.
         output_shape: of one sample.
-        learns: it has trainable parameters.
+        learns: whether it has trainable parameters.
     """
 
     name: str
@@ -43,7 +43,7 @@ NUM_TIMINGS = 3
 class _Changeable(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, leaf: Tensor) -> Tensor:
-        # Not a view, which must not be changed either.
+        # Not a view: those must not be changed in place either.
         same: Tensor = leaf.new_empty(0).set_(leaf)  # type: ignore[call-overload]
         return same
 
@@ -53,7 +53,7 @@ class _Changeable(torch.autograd.Function):
 
 
 def changeable(leaf: Tensor) -> Tensor:
-    """`leaf` as a block may be given it, in the same memory: one that begins in place (ReLU) must not change a leaf."""
+    """Wrap `leaf`, in the same memory, for blocks that begin with an operation in place (ReLU): a leaf forbids that."""
     changed: Tensor = _Changeable.apply(leaf)
     return changed
 
@@ -61,8 +61,8 @@ def changeable(leaf: Tensor) -> Tensor:
 def measure_blocks(
     blocks: Iterable[tuple[str, nn.Module]], outputs_of: Callable[[nn.Module, Tensor], Tensor], inputs: Tensor
 ) -> list[BlockCost]:
-    """The cost of each block, the quickest of some passes, if the first is given `inputs` (n, ...). The weights must
-    not be used afterwards: dropout has drawn from the random state that makes them.
+    """Measure the cost of each block, as the quickest of some passes; the first is given `inputs` (n, ...). The weights
+    must not be used afterwards: dropout has drawn from the random state that initialises them.
     """
     costs: list[BlockCost] = []
     for name, block in blocks:
@@ -83,10 +83,10 @@ def measure_blocks(
 
 
 def cut_blocks(costs: Sequence[BlockCost], num_stages: int) -> list[int]:
-    """The first block of every stage, such that the costliest stage costs least and every stage has something to learn.
+    """Find the first block of every stage, such that the costliest stage costs least and each has trainable parameters.
 
     Raises:
-        SettingsError: there are not that many blocks that learn.
+        SettingsError: there are fewer blocks with trainable parameters than stages.
     """
     num_learning = sum(cost.learns for cost in costs)
     if num_learning < num_stages:
@@ -111,7 +111,7 @@ def cut_blocks(costs: Sequence[BlockCost], num_stages: int) -> list[int]:
 
 
 def check_cuts(cuts: Sequence[str], costs: Sequence[BlockCost], num_stages: int) -> list[int]:
-    """The first block of every stage, from the names that the user has given for all stages but the first.
+    """Find the first block of every stage from the names that the user gave for all stages but the first.
 
     Raises:
         SettingsError: there are too few or too many, a name is no block's, or a stage would have nothing to learn.
@@ -130,7 +130,7 @@ def check_cuts(cuts: Sequence[str], costs: Sequence[BlockCost], num_stages: int)
 
 
 def wait_for_device(tensor: Tensor) -> None:
-    """Until what computes `tensor` has, so that a clock can be read."""
+    """Wait until `tensor` is computed, so that a clock can be read."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -149,7 +149,7 @@ class Action:
 
 
 def schedule_of(schedule: Schedule, stage: int, num_stages: int, num_micro_batches: int) -> list[Action]:
-    """What `stage` does in one update, in order: each micro-batch forward once, and backward once, in order."""
+    """List what `stage` does in one update: each micro-batch forward once and backward once, each in order."""
     forward = [Action("forward", index) for index in range(num_micro_batches)]
     backward = [Action("backward", index) for index in range(num_micro_batches)]
     num_ahead = num_micro_batches if schedule == "gpipe" else min(num_micro_batches, num_stages - stage - 1)
@@ -158,5 +158,5 @@ def schedule_of(schedule: Schedule, stage: int, num_stages: int, num_micro_batch
 
 
 def bubble(num_stages: int, num_micro_batches: int) -> float:
-    """The part of an update's time in which a stage has nothing to do, if all stages take equally long."""
+    """The fraction of an update's time in which a stage is idle, if all stages take equally long."""
     return (num_stages - 1) / (num_micro_batches + num_stages - 1)

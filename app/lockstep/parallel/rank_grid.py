@@ -1,4 +1,4 @@
-"""How the ranks of a job divide model and data between them; the degrees are checked here, and nowhere else."""
+"""How the ranks of a job divide model and data; the degrees of parallelism are checked here, and nowhere else."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class RankGrid:
     """`num_replicas` copies of the model, each in `num_stages` stages: neighbouring ranks make up one replica.
 
     Attributes:
-        rank: of whom this is the view.
+        rank: this rank.
     """
 
     num_replicas: int
@@ -35,7 +35,7 @@ class RankGrid:
 
     @property
     def replica(self) -> int:
-        """Which replica this rank is part of; and which of `num_replicas` data shards it learns from."""
+        """Which replica this rank belongs to, and which of the `num_replicas` data shards it trains on."""
         return self.rank // self.num_stages
 
     @property
@@ -44,7 +44,7 @@ class RankGrid:
 
     @property
     def counts_samples(self) -> bool:
-        """This rank speaks for the samples of its replica."""
+        """Whether this rank records the samples of its replica: one of its stages does."""
         return self.stage == 0
 
     def rank_of(self, stage: int) -> int:

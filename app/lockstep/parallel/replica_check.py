@@ -1,4 +1,4 @@
-"""Replicas never drift unseen: ranks compare what they hold, and name the first difference."""
+"""The replica check: ranks compare digests of what they should hold alike, and name the first difference."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from lockstep.runtime.errors import ReplicasDifferError
 
 
 def compare_replicas(cluster: Cluster, state: Mapping[str, object], when: str) -> None:
-    """Collective: make sure that what several ranks hold under one name is the same, bit for bit.
+    """Collective: check that what several ranks hold under one name is the same, bit for bit.
 
     Args:
-        state: tensors and numbers by name; each rank its own.
+        state: this rank's tensors and numbers by name.
         when: for the message, such as "after update 100".
 
     Raises:
@@ -21,7 +21,7 @@ def compare_replicas(cluster: Cluster, state: Mapping[str, object], when: str) -
     of_ranks = cluster.all_gather_object({name: content_hash(value) for name, value in state.items()})
     for name in dict.fromkeys(name for digests in of_ranks for name in digests):
         held = {rank: digests[name] for rank, digests in enumerate(of_ranks) if name in digests}
-        # On a tie, as between two ranks, the lowest rank's stands for the majority.
+        # On a tie, as between two ranks, the lowest rank counts as the majority.
         majority, count = Counter(held.values()).most_common(1)[0]
         minority = [rank for rank, digest in held.items() if digest != majority]
         if minority:

@@ -147,7 +147,7 @@ class Replicated(UnshardedStrategy):
         super().synchronise()
 
     def load_state(self, saved: SavedState) -> None:
-        """Rank 0 alone reads, and the others get it as it is.
+        """Collective: rank 0 reads `saved`, and broadcasts it unchanged.
 
         Horovod's `broadcast_optimizer_state` would instead make ranks without state take a step with gradients of zero,
         which weight decay and momentum turn into another model.
@@ -159,7 +159,7 @@ class Replicated(UnshardedStrategy):
         super().load_state(TensorState(received))
 
     def _part_to_merge(self, name: str) -> Tensor:
-        """Rank r gives part r of every tensor, so that the merged model comes from all ranks alike."""
+        """Rank r gives shard r of every tensor, so that the merged model comes from all ranks."""
         tensor = state_tensors(self.model)[name]
         return shard_model({name: tensor}, self._cluster.size)[name][self._cluster.rank]
 
@@ -169,11 +169,11 @@ class Replicated(UnshardedStrategy):
 
 
 class GradientBuffer:
-    """Gradients of which each parameter's `.grad` is a view, so that none is copied in or out.
+    """All gradients in one flat buffer, of which each parameter's `.grad` is a view, so that none is copied.
 
-    The buffer holds the parameters in reverse, as a backward pass reaches them, and is cut into buckets. With more than
-    one, each is sent as soon as the last backward pass of an update has filled it. Its last element is the loss: a loss
-    that is not finite on one rank is known to all without a message of its own.
+    The buffer has the parameters in reverse, as a backward pass reaches them, and is cut into buckets. With more than
+    one, each is sent as soon as the last backward pass of an update has filled it. Its last element is the loss: the
+    all-reduce tells every rank of a loss that is not finite on one of them, without a message of its own.
 
     Attributes:
         flat: (number of trainable elements + 1,), of the parameters' data type.
@@ -202,7 +202,7 @@ class GradientBuffer:
         self._views = self.flat.split([parameter.numel() for parameter in parameters] + [1])
         on_gpu = self.flat.device.type == "cuda"
         size_mib = settings.bucket_mib or (BUCKET_MIB_ON_GPUS if on_gpu else math.inf)
-        if self._wire is not None:  # it is sent in two steps, of which the second cannot begin by itself
+        if self._wire is not None:  # it is sent in two steps; nothing could start the second one
             size_mib = math.inf
         self._buckets = self._cut(parameters, size_mib * 2**20) if settings.reduction == "sum" else []
 
@@ -232,7 +232,7 @@ class GradientBuffer:
 
     def are_finite(self) -> bool:
         """Whether every gradient and the loss is finite; waits for the device."""
-        # If an element is not finite, neither is the sum; that of finite ones may overflow, so a second look decides.
+        # The sum is not finite if an element is not; but it may also overflow, which the second look tells apart.
         return math.isfinite(self.flat.sum()) or bool(self.flat.isfinite().all())
 
     def squared_norm(self) -> float:
@@ -240,13 +240,13 @@ class GradientBuffer:
         return float(torch.linalg.vector_norm(self.flat[:-1])) ** 2
 
     def names_of_non_finite(self, model: nn.Module) -> list[str]:
-        """Which of the loss and `model`'s gradients is infinite or not a number, by name."""
+        """Name the loss and gradients of `model` that are infinite or not a number."""
         named = [(f"the gradient of {name}", parameter.grad) for name, parameter in model.named_parameters()]
         tensors = [("the loss", self.flat[-1]), *named]
         return [name for name, tensor in tensors if tensor is not None and not tensor.isfinite().all()]
 
     def _cut(self, parameters: list[nn.Parameter], num_bytes: float) -> list["_Bucket"]:
-        """Neighbouring parameters together, up to `num_bytes` a bucket; the last one has the loss, too."""
+        """Cut the buffer into buckets of neighbouring parameters, up to `num_bytes` each; the last one has the loss."""
         groups: list[list[nn.Parameter]] = [[]]
         for parameter in parameters:
             if groups[-1] and sum(other.nbytes for other in groups[-1]) + parameter.nbytes > num_bytes:
@@ -271,8 +271,8 @@ class _Bucket:
 
     Attributes:
         parameters: those whose gradients it holds.
-        waits_for: how many of them the backward pass has yet to reach before it may leave; 0: it does not wait.
-        arrives: what to call for its sum; None until it is sent.
+        waits_for: how many of them the backward pass has not reached yet, before it may be sent; 0: it does not wait.
+        arrives: waits for its sum; None until it is sent.
     """
 
     def __init__(
@@ -309,9 +309,9 @@ class _Bucket:
 def sum_over_wire_(cluster: Cluster, tensor: Tensor, wire: torch.dtype, name: str) -> None:
     """Collective: `tensor` (n,) summed over all ranks, in place, sent as the 2-byte type `wire`.
 
-    Each rank adds up one part of all ranks' tensors, in full and in the order of the ranks, and sends the sum round: as
-    many elements as in a ring all-reduce (Patarasuk and Yuan 2009), but rounded twice on any number of ranks, where a
-    ring rounds at every hop. All ranks end with the same bits.
+    Each rank adds up its slice of all ranks' tensors, in full precision and in the order of the ranks, and sends the
+    sum to all: as many elements as in a ring all-reduce (Patarasuk and Yuan 2009), but rounded twice on any number of
+    ranks, where a ring rounds at every hop. All ranks end with the same bits.
     """
     if cluster.size == 1:
         return
@@ -329,9 +329,9 @@ def sum_over_wire_(cluster: Cluster, tensor: Tensor, wire: torch.dtype, name: st
 
 
 def _flat_buffer(parameters: list[nn.Parameter]) -> Tensor:
-    """Give each of `parameters` a `.grad` that is a view of one flat buffer, which has one element more.
+    """Allocate one flat buffer with a view for the `.grad` of each of `parameters`, and one element more.
 
-    A view has its parameter's own strides, without which fused optimizers refuse channels-last weights.
+    A view has its parameter's own strides, because fused optimizers refuse channels-last weights otherwise.
     """
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
     if len(kinds) != 1:

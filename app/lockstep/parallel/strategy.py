@@ -20,35 +20,34 @@ from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.settings import GradientSettings
 
 Blocks = Iterable[tuple[str, nn.Module]]
-"""A model as an ordered list of named blocks, each of which takes one tensor and gives one; made as they are asked for,
-so that a rank which keeps none of them needs memory for one."""
+"""A model as an ordered list of named blocks, each of which takes one tensor and returns one. They are built one at a
+time, so that a rank which keeps none of them needs memory for one."""
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Objective(Protocol):
-    """What is minimised, in two halves that may lie on different ranks."""
+    """What is minimised, in two halves that may be computed on different ranks."""
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """What `model`, or a part of it, makes of `inputs` (n, ...)."""
+        """Compute the outputs of `model`, or of one of its blocks, for `inputs` (n, ...)."""
         ...
 
     def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss *summed* over `batch`, of the task's own kind, with its graph, and metric_sums (k,) float64 that add
-        up."""
+        """Compute the loss *summed* over `batch`, with its graph, and the batch's metric sums (k,) float64."""
         ...
 
 
 class Strategy(ABC):
-    """Where the model lives on the ranks. The model's code knows nothing of it.
+    """How the model is placed on the ranks. The model's code does not depend on it.
 
     Attributes:
-        model: this rank's: the whole, the whole but for parameters that come and go, or a stage.
-        optimizer: over what this rank updates.
+        model: this rank's: the whole model, possibly with resharded parameters, or a pipeline's stage.
+        optimizer: over the parameters, or slices of them, that this rank updates.
         clip_norm: what the gradient's norm over the whole model is clipped to; None: it is not.
         meta_state: names, shapes and data types of the whole model.
-        num_parameters: of the whole model, each once; buffers are none.
-        tied_weights: further names of parameters that have several -> the first, which the optimizer's state goes by.
+        num_parameters: elements of the whole model's parameters; tied weights count once, buffers not at all.
+        tied_weights: of parameters with several names, each further name -> the first, under which state is saved.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Strategy(ABC):
         Args:
             slices: which of the whole model's elements each of the optimizer's parameters holds.
             first_names: of the whole model: see merge.py.
-            replicas: the ranks that hold different samples, but the same buffers.
+            replicas: the ranks that have the same buffers, and different samples.
         """
         self._cluster = cluster
         self.clip_norm = settings.clip_norm
@@ -82,12 +81,12 @@ class Strategy(ABC):
 
     @property
     def recorder(self) -> FlightRecorder:
-        """Of what this rank is doing."""
+        """The record of what this rank is doing."""
         return self._cluster.recorder
 
     @abstractmethod
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last update."""
+        """Zero the gradients."""
 
     @abstractmethod
     def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
@@ -143,24 +142,24 @@ class Strategy(ABC):
 
     @abstractmethod
     def _model_state(self) -> State:
-        """What this rank holds of the parameters and buffers."""
+        """Collect what this rank holds of the parameters and buffers."""
 
     @abstractmethod
     def _load_model(self, saved: SavedState) -> None:
-        """Collective."""
+        """Collective: overwrite the model with the `saved` one."""
 
     @abstractmethod
     def _part_to_merge(self, name: str) -> Tensor:
-        """This rank's part of a tensor of the model: flat, and empty where another rank gives it."""
+        """Give this rank's flat part of a tensor for the merge; empty where another rank gives it."""
 
     @property
     @abstractmethod
     def is_saved_here(self) -> bool:
-        """What this rank holds is not held by another rank, or this one shall save it."""
+        """Whether this rank saves what it holds: one of the ranks that hold the same does."""
 
     @abstractmethod
     def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
-        """Collective: the model's outputs for this rank's `inputs`, without gradients; None where others have them.
+        """Collective: compute outputs for this rank's `inputs`, without gradients; None where another rank has them.
 
         Every rank must call it equally often, with as many samples as it has.
         """
@@ -169,7 +168,7 @@ class Strategy(ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Collective: inside, the model is the moving average of its weights, if the optimizer keeps one."""
+        """Collective: inside, the model has the moving average of its weights, if the optimizer keeps one."""
         if not has_average(self.optimizer):
             yield
             return
@@ -182,16 +181,16 @@ class Strategy(ABC):
             self._gather_parameters()
 
     def _gather_parameters(self) -> None:  # noqa: B027  # most have nothing to do
-        """Collective: parameters are where they are needed, after some have changed."""
+        """Collective: send parameters that have changed to the ranks that compute with them."""
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def forget_changes(self) -> None:
-        """After an update that was broken off, before the optimizer's step: the model is again what it was before."""
+        """Undo what an update has changed in buffers, if it was interrupted before the optimizer's step."""
         self._buffers.forget_changes()
 
     def synchronise(self) -> None:
-        """Collective: every rank takes rank 0's model, and all make sure that they agree.
+        """Collective: broadcast rank 0's model, and check that all ranks have it.
 
         Raises:
             ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
@@ -200,8 +199,8 @@ class Strategy(ABC):
         self.compare("after the broadcast of parameters")
 
     def compare(self, when: str) -> None:
-        """Collective: make sure that ranks which hold the same part of the model, of the optimizer's state or the same
-        learning rate hold it bit for bit.
+        """Collective: check that ranks which should hold the same tensors of model and optimizer, and the same learning
+        rate, do so bit for bit.
 
         Raises:
             ReplicasDifferError: on every rank, naming the first tensor and the ranks that differ.
@@ -213,15 +212,15 @@ class Strategy(ABC):
         compare_replicas(self._cluster, {**self._replicated(), **groups}, when)
 
     def _replicated(self) -> dict[str, Tensor]:
-        """By name, what every rank that has that name must hold alike."""
+        """What must be equal on all ranks that have an entry of that name."""
         return {name: part.values for name, part in self.state().items()}
 
     def state(self) -> State:
-        """What this rank holds of what must be saved to go on. No copies; it knows nothing of the number of ranks."""
+        """Collect what this rank holds of the state of model and optimizer, without copies."""
         return {**self._model_state(), **optimizer_state(self.optimizer, self._slices)}
 
     def saved_state(self) -> State:
-        """Of `state`, what this rank shall save: all ranks together save every element once."""
+        """What of `state` this rank saves: all ranks together save every element once."""
         return self.state() if self.is_saved_here else {}
 
     @property
@@ -230,8 +229,8 @@ class Strategy(ABC):
         return [f"model/{name}" for name, _ in self.model.named_buffers() if name in self.meta_state]
 
     def load_state(self, saved: SavedState) -> None:
-        """Collective: go on from the `saved` state of an earlier run, under whatever strategy and on however many ranks
-        it was. All ranks must see its files.
+        """Collective: load the `saved` state of a run under any strategy and on any number of ranks. All ranks must see
+        its files.
 
         Raises:
             ReplicasDifferError: on every rank, if they do not agree afterwards.
@@ -242,10 +241,10 @@ class Strategy(ABC):
         self.compare("after loading a checkpoint")
 
     def merge(self, write: Callable[[str, Tensor], None] | None) -> None:
-        """Collective: give the merged model, tensor by tensor, to rank 0's `write` (reference, step 5 of section 3).
+        """Collective: merge the model, tensor by tensor, into rank 0's `write` (reference, step 5 of section 3).
 
         Raises:
-            ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.
+            ReplicasDifferError: on every rank, if replicas differ; on rank 0, if a shard was lost on the way.
         """
         self.compare("at the merge")
         merge_on_root(self._cluster, self.meta_state, self._part_to_merge, write)

@@ -1,7 +1,7 @@
-"""What a rank holds of a run's state: whole tensors, or parts of them, by names that know nothing of the ranks.
+"""What a rank holds of a run's state: tensors, or slices of them, under names that do not depend on the ranks.
 
-`model/<tensor>` are parameters and buffers, `optimizer/<kind>/<parameter>` the optimizer's state. A part is a run of a
-tensor's elements in row-major order, so that a state can be cut and merged in any way.
+`model/<tensor>` are parameters and buffers, `optimizer/<kind>/<parameter>` the optimizer's state. A slice is a range of
+a tensor's elements in row-major order, so that a state can be cut and merged in any way.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,13 @@ class TensorSlice:
 
     @staticmethod
     def whole(name: str, tensor: Tensor) -> "TensorSlice":
+        """The slice that is all of `tensor`."""
         return TensorSlice(name, 0, tensor.numel(), tensor.shape)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements `start` ... of a tensor of `shape`: all of them in their shape, or some of them flat."""
+    """Elements `start` ... of a tensor of `shape`: all of them in that shape, or some of them flat."""
 
     values: Tensor
     start: int
@@ -38,12 +39,13 @@ class Shard:
 
     @staticmethod
     def of(values: Tensor, tensor_slice: TensorSlice) -> "Shard":
-        """`values` are those of `tensor_slice`."""
+        """Take `values` for those of `tensor_slice`."""
         is_whole = values.numel() == tensor_slice.shape.numel()
         return Shard(values.view(tensor_slice.shape) if is_whole else values, tensor_slice.start, tensor_slice.shape)
 
     @staticmethod
     def whole(values: Tensor) -> "Shard":
+        """The shard that is all of a tensor."""
         return Shard(values, 0, values.shape)
 
     @property
@@ -55,13 +57,13 @@ State = dict[str, Shard]
 
 
 class SavedState(Protocol):
-    """A state that was saved, however it was cut then. `shapes` are those of the whole tensors."""
+    """A saved state, however it was cut when it was saved. `shapes` are those of the whole tensors."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start ... stop - 1 of a tensor, (n,), on the CPU."""
+        """Read elements start ... stop - 1 of a tensor, (n,), on the CPU."""
         ...
 
 
@@ -77,12 +79,12 @@ class TensorState:
 
 
 def whole_tensors(saved: SavedState) -> dict[str, Tensor]:
-    """All of `saved`, in memory."""
+    """Read all of `saved` into memory."""
     return {name: saved.read(name).view(shape) for name, shape in saved.shapes.items()}
 
 
 def model_state(model: nn.Module) -> State:
-    """Every parameter and persistent buffer of `model`, whole. No copies."""
+    """Collect every parameter and persistent buffer of `model`, whole, without copies."""
     return {f"model/{name}": Shard.whole(tensor) for name, tensor in state_tensors(model).items()}
 
 
@@ -97,7 +99,7 @@ def load_model(model: nn.Module, saved: SavedState) -> None:
 
 
 def load_slice(values: Tensor, tensor_slice: TensorSlice, saved: SavedState) -> None:
-    """Overwrite `values` with those of `tensor_slice` of the model.
+    """Overwrite `values` with the saved values of `tensor_slice`, a slice of a parameter.
 
     Raises:
         ValueError: `saved` lacks the parameter, or has it in another shape.
@@ -115,10 +117,10 @@ def load_slice(values: Tensor, tensor_slice: TensorSlice, saved: SavedState) -> 
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, TensorSlice]) -> State:
-    """The state of `optimizer`, whose parameters are `slices` of the model's. No copies.
+    """Collect the state of `optimizer`, whose parameters are `slices` of the model's, without copies.
 
     Raises:
-        ValueError: it keeps something that is neither one number for each element, nor one for all.
+        ValueError: it keeps something that is neither one number for each element nor one for all.
     """
     state: State = {}
     for parameter, kinds in optimizer.state.items():
@@ -130,7 +132,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, Te
             if tensor.shape == parameter.shape and kind != "step":
                 state[name] = Shard.of(tensor, tensor_slice)
             elif tensor.dim() == 0:
-                if tensor_slice.start == 0:  # the others have the same
+                if tensor_slice.start == 0:  # every rank has the same number
                     state[name] = Shard.whole(tensor)
             else:
                 raise ValueError(
@@ -141,7 +143,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, Te
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, TensorSlice], saved: SavedState) -> None:
-    """Give `optimizer` the saved state of its `slices`, whatever its own was."""
+    """Replace the state of `optimizer` by the saved state of its `slices`."""
     kinds = {name.split("/")[1] for name in saved.shapes if name.startswith("optimizer/")}
     by_index: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -154,7 +156,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, slices: Mapping[Tensor, Ten
             if kind == "step" or saved.shapes[name] != tuple(tensor_slice.shape):
                 value = saved.read(name).view(()).clone()
             else:
-                # Fused optimizers walk through memory: they take the elements for others unless the strides are equal.
+                # Fused optimizers walk through memory: with other strides they would pair the wrong elements.
                 value = torch.empty_like(parameter)
                 value.copy_(saved.read(name, tensor_slice.start, tensor_slice.stop).view(parameter.shape))
             by_index.setdefault(index, {})[kind] = value.detach()

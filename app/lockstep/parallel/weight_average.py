@@ -1,7 +1,7 @@
-"""The moving average of a model's weights (Polyak and Juditsky 1992), which often does better than the last of them.
+"""The moving average of a model's weights (Polyak and Juditsky 1992), often better than the last ones.
 
-It is one more entry of the optimizer's state for each parameter. So it is saved, resumed on any number of ranks, cut as
-the parameters are, and compared over the ranks like the rest.
+It is one more entry of the optimizer's state for each parameter, so that it is saved, resumed on any number of ranks,
+sharded as the parameters are, and compared over the ranks like the rest.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ AVERAGE = "average"
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """From now on, after each step: average = decay * average + (1 - decay) * weights. The first weights begin it."""
+    """After each step, set average = decay * average + (1 - decay) * weights; it starts as the first step's weights."""
 
     def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         averages, weights = [], []
@@ -32,13 +32,13 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
 
 def has_average(optimizer: torch.optim.Optimizer) -> bool:
-    """The same on every rank, also on one that holds no part of any parameter."""
+    """Whether `optimizer` keeps an average: the same on every rank, also on one that holds no parameter."""
     return AVERAGE in optimizer.defaults
 
 
 @torch.no_grad()
 def exchange_with_average(optimizer: torch.optim.Optimizer) -> None:
-    """Weights become their average, and the average what they were; a second time undoes it."""
+    """Exchange the weights and their average; a second call undoes it."""
     for parameter, state in optimizer.state.items():
         if AVERAGE in state:  # there is none before the first step
             before = parameter.clone()

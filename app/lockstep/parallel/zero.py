@@ -6,7 +6,7 @@
 
 A model is an ordered list of blocks, sharded as they are built, so that at stage 3 no rank ever holds more than one
 block whole. With P parameters of b bytes on N ranks and an optimizer that keeps k values
-for each of them, a rank holds b P (2 + k/N), b P (1 + (1 + k)/N) or b P (2 + k)/N bytes, and besides, in passing, two
+for each of them, a rank holds b P (2 + k/N), b P (1 + (1 + k)/N) or b P (2 + k)/N bytes, plus two
 blocks. An update sends b P (N - 1)/N bytes a rank twice at stage 1; at stages 2 and 3, where each of m micro-batches is
 reduced by itself, 1 + m times and 3 m times.
 """

@@ -1,4 +1,4 @@
-"""Puts together what the settings ask for."""
+"""Builds the task, the model, its strategy and the trainer that the settings ask for."""
 
 from collections.abc import Sequence
 
@@ -20,10 +20,10 @@ from lockstep.training.trainer import Trainer
 
 
 def build_task(settings: Settings, cluster: Cluster) -> Task:
-    """Collective: what `settings` ask to be learned.
+    """Collective: build the task of `settings`.
 
     Raises:
-        DataError, SettingsError: on every rank: what it learns from is missing on any, or cannot be used.
+        DataError, SettingsError: on every rank: its data or environment is missing on any, or cannot be used.
     """
     if settings.task == "ppo":
         from lockstep.tasks.ppo import Ppo  # with Gymnasium, which takes its time
@@ -41,16 +41,17 @@ def build_trainer(
     handover: InMemoryCheckpoint | None = None,
     hooks: Sequence[TrainerHook] = (),
 ) -> Trainer:
-    """Collective: the model, optimizer and strategy that `settings` ask for, and a trainer over them.
+    """Collective: build the model, optimizer and strategy that `settings` ask for, and a trainer over them.
 
     Args:
-        resume: go on from the last checkpoint in `folder`.
-        handover: go on from this.
+        resume: continue from the last checkpoint in `folder`.
+        handover: continue from this.
         hooks: what is added to the run.
 
     Raises:
-        SettingsError: on every rank: the number of ranks does not fit, or `resume` would change what the run means.
-        StorageError: on every rank: there are checkpoints, and none of them is whole.
+        SettingsError: on every rank: the number of ranks does not fit, or a resumed run would change an immutable
+            setting.
+        StorageError: on every rank: there are checkpoints, and none of them is intact.
     """
     grid = RankGrid.of(settings, cluster.rank, cluster.size)
     strategy = build_strategy(cluster, settings, task, grid)
@@ -59,7 +60,7 @@ def build_trainer(
 
 
 def build_strategy(cluster: Cluster, settings: Settings, task: Task, grid: RankGrid) -> Strategy:
-    """Collective.
+    """Collective: build the model and the strategy that places it on the ranks.
 
     Raises:
         SettingsError: on every rank: the number of ranks or the model does not fit the settings.

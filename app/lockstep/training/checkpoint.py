@@ -1,12 +1,12 @@
-"""Checkpoints that know nothing of the number of ranks: tensors by name, and a manifest that vouches for each byte.
+"""Checkpoints that do not depend on the number of ranks: tensors by name, and a manifest with the hash of each file.
 
     checkpoints/000000000126/
         manifest.json                       counters, shapes, the sha256 of each file, and its own
-        rank00000-00000.safetensors         what rank 0 held: whole tensors, and parts of tensors
+        rank00000-00000.safetensors         what rank 0 held: whole tensors, and slices of tensors
         rank00001-00000.safetensors         ...
-A part is flat and named after its elements, `model/fc1.weight[589824:1179648]`. Every rank writes its own files under a
-temporary name and flushes them to the disk; then rank 0 adds the manifest and renames the folder: it is there whole, or
-not at all.
+A slice is flat and named after its elements, `model/fc1.weight[589824:1179648]`. Every rank writes its own files into a
+folder with a temporary name and flushes them to the disk; then rank 0 adds the manifest and renames the folder, so that
+a checkpoint is complete or does not exist.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ NEW_COUNTERS = {"must_stay": "immutable_settings", "window_of_ranks": "metric_su
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint on disk that was found whole: a `SavedState`.
+    """One checkpoint on disk that was verified: a `SavedState`.
 
     Attributes:
         step: optimizer steps done.
-        counters: everything else that is needed to go on, as it was given to `commit`.
+        counters: everything else that is needed to resume, as it was given to `commit`.
         shapes: of all tensors, by name.
     """
 
@@ -54,14 +54,14 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
 
     def load(self) -> dict[str, Tensor]:
-        """All tensors by name, on the CPU."""
+        """Read all tensors, onto the CPU."""
         return whole_tensors(self)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start ... stop - 1 of a tensor, (n,), on the CPU. Reads no others.
+        """Read elements start ... stop - 1 of a tensor, (n,), onto the CPU, and no others.
 
         Raises:
-            StorageError: the files do not hold them all.
+            StorageError: the files do not have them all.
         """
         stop = torch.Size(self.shapes[name]).numel() if stop is None else stop
         parts = self.parts(name, start, stop)
@@ -71,18 +71,18 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, name: str, start: int = 0, stop: int | None = None) -> list[Tensor]:
-        """The parts of a tensor, flat and in order, as they were saved; of each, what lies in start ... stop - 1."""
+        """Read the saved slices of a tensor, flat and in order; of each, what lies in start ... stop - 1."""
         parts = []
         for begin, end, file, key in self._places[name]:
             last = end if stop is None else min(stop, end)
             with storage_errors(), safetensors.safe_open(file, framework="pt") as opened:
-                values = opened.get_tensor(key).reshape(-1)  # a view of the file: only what is copied is read
+                values = opened.get_tensor(key).reshape(-1)  # a view of the file: only what is cloned is read
                 parts.append(values[max(start - begin, 0) : max(last - begin, 0)].clone())
         return parts
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[int, int, Path, str]]]:
-        """Where the parts of each tensor are, in order: (start, stop, file, key)."""
+        """Where the slices of each tensor are, in order: (start, stop, file, key)."""
         places: dict[str, list[tuple[int, int, Path, str]]] = {name: [] for name in self.shapes}
         for file in sorted(self.path.glob("*.safetensors")):
             with storage_errors(), safetensors.safe_open(file, framework="pt") as opened:
@@ -95,14 +95,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank has put into a checkpoint that is not yet committed."""
+    """What one rank has written of a checkpoint that is not yet committed."""
 
     files: dict[str, dict[str, Any]]
     shapes: dict[str, tuple[int, ...]]
 
 
 def write_parts(folder: Path, step: int, state: State, rank: int = 0) -> Written:
-    """Write what one rank holds, for `commit`. A rank that holds nothing does not touch the folder.
+    """Write what one rank holds, for `commit`. A rank with nothing to write does not touch the folder.
 
     Raises:
         StorageError: it could not be written.
@@ -122,10 +122,10 @@ def write_parts(folder: Path, step: int, state: State, rank: int = 0) -> Written
 
 
 def commit(folder: Path, step: int, written: Sequence[Written], counters: Mapping[str, Any], keep: int) -> Path:
-    """Make a checkpoint of what all ranks have `written`, and prune those before the last `keep`.
+    """Commit what all ranks have `written` as a checkpoint, and remove all but the last `keep` checkpoints.
 
     Raises:
-        StorageError: it could not be written; nothing of it is left, and those before are whole.
+        StorageError: it could not be written; nothing of it is left, and earlier ones are intact.
     """
     final = folder / f"{step:012d}"
     temporary = folder / f"{TEMPORARY}{step:012d}"
@@ -141,12 +141,12 @@ def commit(folder: Path, step: int, written: Sequence[Written], counters: Mappin
             (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _manifest_hash(manifest)}, indent=1))
             _flush_and_hash(temporary / MANIFEST)
             flush_folder(temporary)
-            _remove([final])  # of an attempt that was resumed from before it
+            _remove([final])  # of an attempt that was replaced by one from an earlier checkpoint
             temporary.rename(final)
             flush_folder(folder)
         finally:
             discard(folder, step)
-        # What is numbered higher belongs to an attempt that this one has replaced: it was not whole.
+        # Later ones are of an attempt that this one has replaced: they were not intact.
         _remove([path for path in _checkpoints(folder) if int(path.name) > step])
         _remove(_checkpoints(folder)[:-keep])
     return final
@@ -158,13 +158,13 @@ def discard(folder: Path, step: int) -> None:
 
 
 def discard_leftovers(folder: Path) -> None:
-    """Remove what a killed writer has left half done."""
+    """Remove what a killed writer has left incomplete."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(paths: list[Path]) -> None:
-    """Out of sight in one move, so that a kill leaves nothing that looks torn; then away."""
+    """Rename folders before removing them, so that a kill leaves nothing that looks like a checkpoint."""
     for path in paths:
         if path.exists():
             out_of_sight = path.with_name(f"{TEMPORARY}{path.name}-old")
@@ -173,13 +173,13 @@ def _remove(paths: list[Path]) -> None:
 
 
 def latest_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The last whole checkpoint of `run`, found by content; each torn or altered one after it is told and skipped.
+    """Find the last intact checkpoint of `run`; tell of each truncated or altered one after it, and skip it.
 
     Returns:
-        None where there is no checkpoint at all.
+        None if there is no checkpoint at all.
 
     Raises:
-        StorageError: there are checkpoints, and none of them is whole.
+        StorageError: there are checkpoints, and none of them is intact.
     """
     paths = _checkpoints(run / FOLDER)
     for path in reversed(paths):
@@ -193,10 +193,10 @@ def latest_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | No
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, every byte of which is as it was written.
+    """Read the checkpoint at `path`, and verify the hash of every file.
 
     Raises:
-        StorageError: it is torn or was altered; names the file.
+        StorageError: it is truncated or was altered; names the file.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -217,7 +217,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 
 
 def _with_new_names(counters: Mapping[str, Any]) -> dict[str, Any]:
-    """`counters` of a release that called some of them, and of the settings in them, by other names."""
+    """Rename counters, and settings in them, that the release before called otherwise."""
     renamed = {NEW_COUNTERS.get(name, name): value for name, value in counters.items()}
     if settings := renamed.get("immutable_settings"):
         renamed["immutable_settings"] = {NEW_NAMES.get(name, name): value for name, value in settings.items()}
@@ -225,7 +225,7 @@ def _with_new_names(counters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """All checkpoints of `run`, whole or not, the oldest first."""
+    """List all checkpoints of `run`, intact or not, the oldest first."""
     return _checkpoints(run / FOLDER)
 
 
@@ -238,14 +238,14 @@ def _key(name: str, part: Shard) -> str:
 
 
 def _parse_key(key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, int]:
-    """The tensor's name, and the first and the last but one of its elements."""
+    """Split a key into the tensor's name, and start and stop of its elements."""
     if key not in shapes and (match := re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key)) and match[1] in shapes:
         return match[1], int(match[2]), int(match[3])
     return key, 0, torch.Size(shapes[key]).numel()
 
 
 def _by_file(state: State) -> Iterator[dict[str, Tensor]]:
-    """`state` in files of at most MAX_FILE_BYTES, or of one tensor."""
+    """Divide `state` into files of at most MAX_FILE_BYTES, or of one tensor."""
     tensors: dict[str, Tensor] = {}
     num_bytes = 0
     for name, part in state.items():
@@ -259,7 +259,7 @@ def _by_file(state: State) -> Iterator[dict[str, Tensor]]:
 
 
 def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights each by themselves: the format knows no others."""
+    """Clone tensors that share memory (tied weights), which the format does not allow."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

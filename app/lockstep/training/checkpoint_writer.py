@@ -18,15 +18,15 @@ from lockstep.settings import CheckpointSettings
 from lockstep.training.checkpoint import FOLDER, Written, commit, discard, discard_leftovers, write_parts
 from lockstep.training.run_folder import flush_folder, storage_errors
 
-GUESSED_BYTES_PER_SECOND = 1e8  # of one rank's, to a shared folder
+GUESSED_BYTES_PER_SECOND = 1e8  # of one rank, to a shared folder
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, each rank what it holds.
+    """Writes the checkpoints of one run; each rank writes what it holds.
 
-    Unless the settings say otherwise, a thread does it. It first copies the tensors into memory of its own, while the
-    next forward and backward pass only read them: `wait_for_copy` must stand before whatever changes them. An error of
-    the thread is raised by the next call.
+    Unless the settings say otherwise, a thread writes. It first copies the tensors, while the next forward and backward
+    pass only read them: call `wait_for_copy` before anything changes them. An error of the thread is raised by the next
+    call.
 
     Attributes:
         seconds_waited: by `wait_for_copy`, in all.
@@ -62,11 +62,11 @@ class CheckpointWriter:
         Args:
             state: what this rank saves, on any device.
             counters: whatever else JSON can hold; rank 0's count.
-            volatile: names of tensors that a forward pass may change, which are copied before this returns.
+            volatile: names of tensors that a forward pass may change; they are copied before this returns.
 
         Raises:
-            StorageError: on the rank that could not write, and on rank 0: this or the checkpoint before; those before
-                are whole.
+            StorageError: on the rank that could not write this or the last checkpoint, and on rank 0; earlier ones are
+                intact.
         """
         self.wait()
         if not self._settings.asynchronous:  # without a copy
@@ -79,18 +79,18 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._copy_and_write, step, copied_now, later, dict(counters))
 
     def seconds_to_save(self, num_bytes: int) -> float:
-        """How long this rank needs for a checkpoint: the longest that it took, or a guess from what it has to write."""
+        """Estimate how long a checkpoint takes: the longest so far, or a guess from its size."""
         return self._longest_seconds or 1.0 + num_bytes / GUESSED_BYTES_PER_SECOND
 
     def wait_for_copy(self) -> None:
-        """Until nothing needs the tensors of the last `save` any more: a moment."""
+        """Wait until the tensors of the last `save` are copied."""
         if not self._copied.is_set():
             started = time.perf_counter()
             self._copied.wait()
             self.seconds_waited += time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             StorageError: the last checkpoint could not be written.
@@ -100,7 +100,7 @@ class CheckpointWriter:
             writing.result()
 
     def _copy(self, state: State) -> State:
-        """Into the same memory each time: fresh pages cost ten times the copy."""
+        """Copy into the same memory each time: fresh pages would cost ten times the copy."""
         for name, part in state.items():
             if name not in self._snapshot or self._snapshot[name].shape != part.values.shape:
                 like = torch.empty_like(part.values, device="cpu", memory_format=torch.contiguous_format)
@@ -116,7 +116,7 @@ class CheckpointWriter:
         self._write(step, state, counters)
 
     def _write(self, step: int, state: State, counters: Mapping[str, Any]) -> None:
-        """Collective, from this thread: all ranks write, then rank 0 commits."""
+        """Collective, from this thread: write on all ranks, then commit on rank 0."""
         started = time.perf_counter()
         mine: Written | StorageError
         try:

@@ -1,8 +1,8 @@
-"""What the workers of an elastic job hand on from one generation to the next: the run, and where it stands.
+"""What the workers of an elastic job pass on from one generation to the next: the run, and its state.
 
-An update is done or not done: whatever a lost worker breaks off has not touched the model, since gradients are summed
-before the optimizer's step. But some of those who are left may have received the whole sum, and have done the update,
-where others have not. All go on from the state of one that has done most: the model after exactly so many updates.
+An update is done or not done: when a worker is lost in the midst of one, no model has changed yet, since gradients are
+summed before the optimizer's step. Some of the remaining workers may have received the whole sum and done the update
+while others have not. So all continue from a worker that has done the most updates.
 """
 
 import contextlib
@@ -29,41 +29,41 @@ JOB = ".job"  # in the run folder: which elastic job it belongs to
 
 @dataclass(frozen=True)
 class Run:
-    """What all workers agree on from the beginning."""
+    """What all workers agree on at the start."""
 
     settings: Settings
     resume: bool
     folder: RunFolder
-    is_over: bool = False
+    is_finished: bool = False
 
     @staticmethod
     def open(settings: Settings, resume: bool, elastic: bool) -> "Run":
-        """On rank 0, where no worker knows of a run: one that begins; with `resume` one that goes on.
+        """On rank 0, where no worker has a run: begin a new one, or with `resume` continue one.
 
-        In an elastic job it may be that all who knew have been lost; then the folder tells.
+        In an elastic job, all workers that had the run may have been lost; then its folder shows that it is this job's.
 
         Raises:
-            SettingsError: `run_dir` holds something already, or with `resume` nothing to go on with, or a finished run
-                that `settings` would change; or a logger's package is missing.
+            SettingsError: `run_dir` is not empty; or with `resume` it has nothing to continue, or a finished run that
+                `settings` would change; or a logger's package is missing.
             StorageError: the folder cannot be made or written.
         """
         check_loggers(settings.logger_names)  # before a folder is left behind
         if not elastic:
             folder = RunFolder.reopen(settings) if resume else RunFolder.create(settings)
-            return Run(settings, resume, folder, is_over=resume and folder.is_over(settings))
+            return Run(settings, resume, folder, is_finished=resume and folder.is_finished(settings))
         left = Path(settings.run_dir) if settings.run_dir else DEFAULT_RUN.resolve()
         with contextlib.suppress(OSError):
             if (left / JOB).read_text() == job_name():
                 return Run(settings, True, RunFolder(left))
         run = Run.open(settings, resume, elastic=False)
-        if not run.is_over:
+        if not run.is_finished:
             run.folder.write(JOB, job_name())
         return run
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """Where one worker stands, without the tensors: its trainer's `position`, their shapes and types."""
+class _Standing:
+    """How far one worker is: its trainer's `position`, and its tensors' shapes and types."""
 
     position: dict[str, Any]
     metric_sums: list[float]
@@ -75,11 +75,11 @@ class _Stand:
 
 
 class ElasticState:
-    """What this worker knows: nothing if it is new.
+    """What this worker has of the run: nothing if it is new.
 
     Attributes:
-        run: what it is at.
-        trainer: that of the last generation it was in.
+        run: the run.
+        trainer: of the last generation it was in.
     """
 
     def __init__(self) -> None:
@@ -87,32 +87,32 @@ class ElasticState:
         self.trainer: Trainer | None = None
 
     def run_of(self, cluster: Cluster) -> Run | None:
-        """Collective: the run that any worker knows; None if it has yet to begin."""
+        """Collective: get the run from any worker that has it; None if it has not begun."""
         return next((run for run in cluster.all_gather_object(self.run) if run), None)
 
     def take_over(self, cluster: Cluster) -> InMemoryCheckpoint | None:
-        """Collective: what the new generation goes on from; None if no worker has got as far as having a model."""
-        stands = cluster.all_gather_object(self._stand())
-        steps = [stand.step if stand else -1 for stand in stands]
+        """Collective: get the state that the new generation continues from; None if no worker has a model yet."""
+        standings = cluster.all_gather_object(self._standing())
+        steps = [standing.step if standing else -1 for standing in standings]
         leader = steps.index(max(steps))
-        stand = stands[leader]
-        if stand is None:
+        furthest = standings[leader]
+        if furthest is None:
             return None
         if leader == cluster.rank and self.trainer:
             tensors = {name: part.values for name, part in self.trainer.strategy.state().items()}
         else:
-            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stand.layout.items()}
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in furthest.layout.items()}
         if leader != 0:
-            cluster.broadcast_parameters(tensors, root=leader)  # rank 0 is where everybody else takes it from
+            cluster.broadcast_parameters(tensors, root=leader)  # from which the others get it
         run = self.run
         assert run
         counters = {
-            **stand.position,
-            "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, stand.step)),
-            # What the lost have counted since the last log line is lost with them.
-            "metric_sums_of_ranks": [other.metric_sums if other else None for other in stands],
+            **furthest.position,
+            "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, furthest.step)),
+            # The metric sums of lost workers since the last log line are lost with them.
+            "metric_sums_of_ranks": [other.metric_sums if other else None for other in standings],
         }
-        return InMemoryCheckpoint(tensors, stand.step, counters)
+        return InMemoryCheckpoint(tensors, furthest.step, counters)
 
     def leave(self) -> None:
         """Leave a generation that is no more: finish or give up what was being written, and put the model back to where
@@ -123,18 +123,18 @@ class ElasticState:
                 self.trainer.writer.wait()
             self.trainer.strategy.forget_changes()
 
-    def _stand(self) -> _Stand | None:
+    def _standing(self) -> _Standing | None:
         if self.trainer is None:
             return None
         state = self.trainer.strategy.state()
         layout = {name: (part.values.shape, part.values.dtype) for name, part in state.items()}
-        return _Stand(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
+        return _Standing(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
 
 
 def check_elastic(settings: Settings) -> None:
     """
     Raises:
-        SettingsError: on every rank: the run would mean something else when workers come and go.
+        SettingsError: on every rank: the run cannot be elastic.
     """
     data, checks = settings.data, settings.checks
     refused = {

@@ -1,4 +1,4 @@
-"""What a run was set to, attempt by attempt, and what one that is finished may still become."""
+"""How the settings of a run have changed from attempt to attempt, and which changes a finished run allows."""
 
 import json
 from dataclasses import replace
@@ -13,25 +13,25 @@ _LENGTHS = {"classify": "num_epochs", "ppo": "ppo.total_steps"}
 
 
 def as_saved(settings: Settings) -> Settings:
-    """For --config and --resume, where the folder's own name would be in the way, and what was profiled is over."""
+    """Leave out what --config and --resume must not repeat: the folder's name, and the updates to profile."""
     return replace(settings, run_dir=None, profile=None)
 
 
 def changes(was: Settings, now: Settings) -> dict[str, list[Any]]:
-    """{name: [was, is]}, as they are saved."""
+    """Compare settings as they are saved: {name: [was, is]}."""
     flat = [json.loads(json.dumps(flat_settings(as_saved(settings)))) for settings in (was, now)]
     pairs = {name: [each.get(name) for each in flat] for name in [*flat[0], *flat[1]]}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def goes_on(was: Settings, now: Settings, who: str) -> bool:
-    """Whether `now` asks a finished run, set to `was`, for more epochs; False where it asks for nothing else.
+def asks_for_more(was: Settings, now: Settings, who: str) -> bool:
+    """Whether `now` asks a finished run with settings `was` for more epochs; False if nothing has changed.
 
     Args:
-        who: for the message.
+        who: names the run in messages.
 
     Raises:
-        SettingsError: it asks for something else, and no more epochs.
+        SettingsError: settings have changed, but not to more epochs.
     """
     changed = changes(was, now)
     length = _LENGTHS[was.task]
@@ -46,7 +46,7 @@ def goes_on(was: Settings, now: Settings, who: str) -> bool:
 
 
 def _check_immutable(was: Settings, now: Settings) -> None:
-    """What settings alone can tell, before anything in the folder is touched; the checkpoint tells the rest."""
+    """Refuse changed immutable settings before the folder is touched; what only a checkpoint knows is checked later."""
     before, after = (json.loads(json.dumps(immutable_settings(settings, {}, num_shards=1))) for settings in (was, now))
     for name, value in after.items():
         if before[name] != value and name in flat_settings(now):

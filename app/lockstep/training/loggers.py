@@ -1,7 +1,7 @@
-"""Where the curves go beside metrics.jsonl, which is the run's own record: `--loggers tensorboard,csv,mlflow`.
+"""Loggers, to which metrics go beside metrics.jsonl: `--loggers tensorboard,csv,mlflow`. They run on rank 0.
 
-A logger lives on rank 0. A run that goes on repeats the points after its checkpoint: metrics.csv is written anew, and
-TensorBoard is told to forget them; MLflow keeps both.
+A resumed run repeats the points after its checkpoint: metrics.csv is written anew, TensorBoard is told to purge them,
+MLflow keeps both.
 """
 
 import csv
@@ -22,7 +22,7 @@ Point = Mapping[str, Any]  # one line of metrics.jsonl: kind, step, epoch, sampl
 PLACE = ("kind", "step", "epoch", "samples")
 CSV_FILE = "metrics.csv"
 MLFLOW_RUN = "mlflow-run.txt"  # which of MLflow's runs this is, for a resume
-PATIENCE = {  # by itself it tries for a quarter of an hour, and the other ranks would wait
+PATIENCE = {  # by default it retries for 15 minutes, while all ranks wait
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "GIT_PYTHON_REFRESH": "quiet",  # a node without git
@@ -31,14 +31,15 @@ PATIENCE = {  # by itself it tries for a quarter of an hour, and the other ranks
 
 class Logger(Protocol):
     def record(self, point: Point) -> None:
-        """Complete on the disk, or sent, when it returns."""
+        """Write a point to the disk, or send it, before returning."""
         ...
 
     def close(self, ended_well: bool) -> None: ...
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """
+    """Check that the packages of these loggers are installed.
+
     Raises:
         SettingsError: a package is missing.
     """
@@ -53,11 +54,12 @@ def build_logger(
     settings: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> Logger:
-    """
+    """Build a logger.
+
     Args:
-        earlier: what the run has recorded before it was stopped, up to where it goes on.
+        earlier: points of earlier attempts, up to the checkpoint that the run continues from.
         settings: of the run, by their full names.
-        tell: of what goes wrong and does not matter to the run.
+        tell: called with a message when logging fails but the run continues.
 
     Raises:
         OSError: the folder cannot be written.
@@ -70,15 +72,13 @@ def build_logger(
 
 
 class TensorBoardLogger:
-    """Events for TensorBoard. The library's SummaryWriter has a thread, whose full disk nobody hears of: these are
-    written here and now.
-    """
+    """Events for TensorBoard, written synchronously: the thread of the library's SummaryWriter hides a full disk."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Go on after the point of update `step`; TensorBoard is told to forget what came later."""
-        goes_on = any(folder.glob("events.out.*"))
+        """Continue after the point of update `step`; TensorBoard is told to purge later ones."""
+        is_resumed = any(folder.glob("events.out.*"))
         self._events = EventsWriter(str(folder / "events"))
-        if goes_on:
+        if is_resumed:
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def record(self, point: Point) -> None:
@@ -92,7 +92,7 @@ class TensorBoardLogger:
 
 
 class CsvLogger:
-    """metrics.csv, a line a value: kind, step, epoch, samples, name, value."""
+    """metrics.csv, with a line for each value: kind, step, epoch, samples, name, value."""
 
     def __init__(self, file: Path, earlier: Iterable[Point]) -> None:
         self._file = file.open("w", newline="")
@@ -111,8 +111,8 @@ class CsvLogger:
 
 
 class MlflowLogger:
-    """A run of MLflow, wherever its own variables say (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME ...). A server that
-    fails, or takes too long, is told of once, and training goes on without it.
+    """A run of MLflow, configured by its own variables (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME ...). A server
+    that fails or takes too long is told of once, and training continues without it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
@@ -125,7 +125,7 @@ class MlflowLogger:
     def _begin(self, folder: Path, settings: Mapping[str, Any]) -> None:
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
-        import mlflow  # when all that it reads in the environment is there
+        import mlflow  # after the variables that it reads are set
 
         self._client = mlflow.MlflowClient()
         known = folder / MLFLOW_RUN
@@ -156,7 +156,7 @@ class MlflowLogger:
             return
         try:
             action()
-        except Exception as error:  # whatever a server, a proxy or a database may come up with
+        except Exception as error:  # any error of a server, a proxy or a database
             self._is_lost = True
             self._tell(f"MLflow is lost, the run goes on without it: {' '.join(str(error).split())[:200]}")
 

@@ -1,4 +1,4 @@
-"""Loss and the like as exact sums: kept on the device update by update, reduced over the ranks once a log line."""
+"""Metrics as exact sums: added up on the device update by update, and reduced over the ranks once a log line."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,17 @@ class MetricAccumulator:
         self._last = self._total.clone()
 
     def add(self, metric_sums: Tensor) -> None:
-        """`metric_sums` (size,) float64 of one update on this rank. No collective, no wait for the device."""
+        """Add the `metric_sums` (size,) float64 of one update on this rank. No collective, no wait for the device."""
         self._total += metric_sums
         self._last = metric_sums
 
     def metric_sums(self) -> list[float]:
-        """This rank's part since the last reduction, to go on from."""
+        """This rank's sums since the last reduction, for a checkpoint."""
         return [float(value) for value in self._total.tolist()]
 
     def restore(self, metric_sums: Sequence[Sequence[float] | None], cluster: Cluster) -> None:
-        """Go on from the metric sums of all ranks of the run before: each takes its own, or rank 0 takes the sum; None
-        stands for a rank that has none.
+        """Continue with the metric sums of all ranks of a checkpoint: each rank takes its own or, on another number of
+        ranks, rank 0 takes their sum. None stands for a rank that has none.
         """
         nothing = [0.0] * len(self._total)
         known = [sums or nothing for sums in metric_sums]
@@ -37,7 +37,7 @@ class MetricAccumulator:
         self._total.copy_(torch.tensor(mine, dtype=torch.float64))
 
     def reduce(self, cluster: Cluster) -> tuple[list[float], list[float]]:
-        """Collective: the sums over all ranks and all updates since the last call, and over the last of them alone."""
+        """Collective: sum over all ranks, of all updates since the last call, and of the last of them alone."""
         total, last = cluster.sum_(torch.stack([self._total, self._last]), name="window").cpu()
         self._total.zero_()
         return total.tolist(), last.tolist()

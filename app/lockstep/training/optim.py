@@ -1,21 +1,26 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers and learning-rate schedules.
+
+Lars and Lamb are for large batches: each layer's step is scaled to the norm of its weights. Vectors (biases,
+normalisation) are not scaled, as is usual. Norms are of whole layers, so that a rank must hold each parameter whole.
+"""
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lockstep.parallel.weight_average import keep_average
 from lockstep.settings import OptimizerSettings
-from lockstep.training.large_batch import Lamb, Lars
+
+Groups = Iterable[dict[str, Any]]
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer of `settings` over all parameters of `model`, made once and kept through the run.
+    """Build the optimizer of `settings` over all parameters of `model`.
 
     SGD and Adam are fused: one pass over the parameters, where PyTorch's default on CPUs makes one for each operation.
     """
@@ -34,7 +39,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """All parameters that learn, with their weight decay: in one group, or matrices and vectors each in their own."""
+    """Group trainable parameters by their weight decay: all in one group, or matrices and vectors in one each."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = settings.weight_decay
     if settings.decay_vectors:
@@ -45,9 +50,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
 
 
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:
-    """The learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then as `schedule` says.
-
-    All of it is times `learning_rate_scale`.
+    """Compute the learning rate of update `step`, 0 ... num_steps - 1: a linear warm-up, then `schedule`, all times
+    `learning_rate_scale`.
     """
     highest = settings.learning_rate * learning_rate_scale(settings, num_ranks)
     warmup = settings.warmup_steps
@@ -73,9 +77,74 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 @cache
 def _lean(kind: type[torch.optim.Optimizer]) -> Any:
-    """`kind` without what keeps its methods out of compiled code, for which PyTorch imports its compiler: 1.4 s of each
-    rank's start. No optimizer of ours is compiled, or differentiated.
+    """Unwrap the methods of an optimizer class from what excludes them from compiled code: for it, PyTorch imports its
+    compiler, 1.4 s of each rank's start. None of our optimizers is compiled or differentiated.
     """
     names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     bare = {name: inspect.unwrap(getattr(kind, name)) for name in names}
     return type(kind.__name__, (kind,), {**bare, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, algorithm 1).
+
+    Args:
+        trust: eta, the norm of a layer's step at learning rate 1, as a fraction of the norm of its weights.
+    """
+
+    def __init__(self, groups: Groups, lr: float, momentum: float = 0.9, trust: float = 0.001) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            rate, decay = group["lr"], group["weight_decay"]
+            for parameter in _with_gradients(group):
+                gradient, state = parameter.grad, self.state[parameter]
+                ratio: float | Tensor = 1.0
+                if parameter.dim() > 1:
+                    weight_norm, gradient_norm = parameter.norm(), gradient.norm()
+                    ratio = _ratio(group["trust"] * weight_norm, gradient_norm + decay * weight_norm)
+                scaled = (rate * ratio) * gradient.add(parameter, alpha=decay)
+                if "momentum_buffer" in state:
+                    velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(scaled)
+                else:
+                    velocity = state["momentum_buffer"] = torch.zeros_like(parameter).copy_(scaled)
+                parameter.sub_(velocity)
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose step of each layer has the norm of the layer's weights (You et al. 2020, algorithm 2)."""
+
+    def __init__(self, groups: Groups, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in _with_gradients(group):
+                gradient, state = parameter.grad, self.state[parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                step = float(state["step"])
+                mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1**step)
+                square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                update = mean / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+                update.add_(parameter, alpha=group["weight_decay"])
+                ratio = _ratio(parameter.norm(), update.norm()) if parameter.dim() > 1 else 1.0
+                parameter.sub_(group["lr"] * ratio * update)
+
+
+def _with_gradients(group: dict[str, Any]) -> list[Any]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def _ratio(weight_norm: Tensor, step_norm: Tensor) -> Tensor:
+    """Divide the norms; 1 where either is 0. Does not wait for the device."""
+    known = (weight_norm > 0) & (step_norm > 0)
+    return torch.where(known, weight_norm / step_norm, torch.ones_like(weight_norm))

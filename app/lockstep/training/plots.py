@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a screen."""
+"""Plots of a run, drawn without a display."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
+mpl.use("Agg")  # before pyplot is imported: no display is needed
 
 import matplotlib.pyplot as plt
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str) -> None:
-    """The curves `names` over `samples` (what they are called), from `metrics` (metrics.jsonl), as a PNG."""
+    """Plot the metrics `names` of metrics.jsonl over the number of `samples` (their name), as a PNG."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
@@ -33,7 +33,7 @@ def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str
 
 
 def plot_mistakes(images: Tensor, titles: Sequence[str], picture: Path, heading: str) -> None:
-    """A grid of (n, channels, height, width) uint8 `images` with their titles, as a PNG."""
+    """Plot a grid of (n, channels, height, width) uint8 `images` with their titles, as a PNG."""
     num_columns = 8
     num_rows = max(1, -(-len(images) // num_columns))
     figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""How far a run is, what it cannot change on its way, and its whole state in memory, for those who take it over."""
+"""How far a run is, which settings it cannot change when it is resumed, and a checkpoint in memory."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,12 +10,12 @@ from lockstep.parallel.tensor_slices import TensorState
 from lockstep.settings import Settings
 from lockstep.training.optim import learning_rate_scale
 
-COMPUTED_ALIKE = ("channels_last", "compile")  # settings of a model that change how, not what it computes
+HOW_ALONE = ("channels_last", "compile")  # settings of a model that change how it computes, not what
 
 
 @dataclass
 class Progress:
-    """How far a run is: what its checkpoints count, beside the loader's position.
+    """How far a run is, beside the loader's position.
 
     Attributes:
         step: updates, skipped ones included.
@@ -35,11 +35,11 @@ class Progress:
 
 
 class InMemoryCheckpoint(TensorState):
-    """What a checkpoint holds, in rank 0's memory; the other ranks know names and shapes, and hold no values.
+    """What a checkpoint holds, in rank 0's memory; the other ranks have names and shapes without values.
 
     Attributes:
         step, counters: as a checkpoint's.
-        path: for people, where it comes from.
+        path: where it comes from, for messages.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], step: int, counters: dict[str, Any]) -> None:
@@ -50,20 +50,20 @@ class InMemoryCheckpoint(TensorState):
 
 
 def immutable_settings(settings: Settings, of_task: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
-    """What a run cannot change when it goes on, because its position and state would mean something else.
+    """Collect what a run cannot change when it is resumed, because its position and state would mean something else.
 
     Args:
-        of_task: what is so of its task.
+        of_task: what its task adds.
         num_shards: of the data.
     """
     return {
         "task": settings.task,
         "seed": settings.seed,
         "precision": settings.precision,
-        "model": {name: value for name, value in asdict(settings.model).items() if name not in COMPUTED_ALIKE},
+        "model": {name: value for name, value in asdict(settings.model).items() if name not in HOW_ALONE},
         "gradient.reduction": settings.gradient.reduction,
         "gradient.wire": settings.gradient.wire,
-        "checks.ledger": settings.checks.ledger,  # one that begins in mid-run, or ends there, would prove nothing
+        "checks.ledger": settings.checks.ledger,  # a ledger of a part of the run would prove nothing
         **of_task,
         "optimizer.name": settings.optimizer.name,
         "optimizer.decay_vectors": settings.optimizer.decay_vectors,

@@ -1,4 +1,4 @@
-"""`--profile 20-24`: what every rank did in these updates, in one trace, and a table of where the time went.
+"""`--profile 20-24`: a trace of what all ranks did in these updates, and a table of where the time went.
 
 profile/trace.json.gz    for https://ui.perfetto.dev: phases, PyTorch's operators, Horovod's timeline
 profile/profile.json     the table
@@ -31,7 +31,7 @@ PHASE = "profiling"
 TRACE = "trace.json.gz"
 TABLE = "profile.json"
 NUM_OPERATORS = 12
-SECONDS_BEFORE = 60  # no event, by no node's clock, may lie before the trace's origin: it would be dropped
+SECONDS_BEFORE = 60  # Perfetto drops events before the trace's origin, so it lies before all, by every node's clock
 _HOROVOD = ".horovod.json"
 
 Calls = tuple[int, float]  # how many, and the seconds that they took
@@ -39,11 +39,11 @@ Calls = tuple[int, float]  # how many, and the seconds that they took
 
 @dataclass(frozen=True)
 class Share:
-    """What one phase, collective or operator took: milliseconds an update, over the ranks.
+    """How long one phase, collective or operator took, in milliseconds an update.
 
     Attributes:
         mean, least, most: over the ranks.
-        calls: of an operator, a rank and an update.
+        calls: of an operator, per rank and update.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Share:
 
 
 class Profiler:
-    """Records the updates that were asked for. Of none it does nothing."""
+    """Records the updates that were asked for, if any."""
 
     def __init__(self, settings: Settings, num_updates: int, cluster: Cluster, folder: RunFolder) -> None:
         """
@@ -62,7 +62,7 @@ class Profiler:
             num_updates: of the run.
 
         Raises:
-            SettingsError: on every rank: it has no such updates.
+            SettingsError: on every rank: the run does not have these updates.
         """
         updates = settings.profiled_updates
         if updates and updates.start > num_updates:
@@ -74,11 +74,12 @@ class Profiler:
         self._quiet = settings.quiet
         self._torch: torch.profiler.profile | None = None
 
-    def watch(self, units: Iterator[Any], progress: Progress, last: int) -> Iterator[Any]:
-        """The `units` of work of an epoch, fetching included; Collective where a record begins or ends.
+    def watch(self, items: Iterator[Any], progress: Progress, last: int) -> Iterator[Any]:
+        """Iterate over the work items of an epoch, and record them with their loading; Collective where a record begins
+        or ends.
 
         Args:
-            last: the number of the epoch's last update: what follows it, such as an evaluation, is not recorded.
+            last: the number of the epoch's last update: what follows, such as an evaluation, is not recorded.
         """
         while True:
             upcoming = progress.step + 1
@@ -86,14 +87,14 @@ class Profiler:
                 self._begin()
             elif upcoming == self._updates.stop:
                 self.finish(progress)
-            item = next(units, None)
+            item = next(items, None)
             if item is None:
                 return
             yield item
 
     def _begin(self) -> None:
         cluster = self._cluster
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines are for those who debug it
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler itself
         on_gpu = cluster.device.type == "cuda"
         self._torch = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], acc_events=True
@@ -110,7 +111,7 @@ class Profiler:
             self._folder.path.mkdir(exist_ok=True)
 
     def finish(self, progress: Progress) -> None:
-        """Collective: end the record, if one has begun, and write it down.
+        """Collective: end the record, if one has begun, and write trace and table.
 
         Raises:
             StorageError: on every rank: it cannot be written.
@@ -174,17 +175,17 @@ class Profiler:
         }
         self._folder.write_json(TABLE, content)
         if not self._quiet:
-            console = Console(color_system=None)  # a launcher's pipe may pass for a terminal, even into a file
+            console = Console(color_system=None)  # under a launcher, a file may look like a terminal
             for what, shares in (("phases, and what was waited for", phases), ("operators, themselves", operators)):
                 console.print(_table(what, shares, first, num_updates))
             print(f"Trace, for https://ui.perfetto.dev: {self._folder.path / TRACE}", flush=True)
 
 
 def _taken(file: Path) -> Any:
-    """What the JSON in `file`, which is removed, says; None if it is empty, since no tensor came by.
+    """Read the JSON in `file` and remove it; None if it is empty, because no tensor was sent.
 
     Raises:
-        StorageError: it is torn: whoever wrote it has no word for a disk that is full.
+        StorageError: it is truncated: its writers do not tell of a full disk.
     """
     text = file.read_text()
     file.unlink()
@@ -195,12 +196,10 @@ def _taken(file: Path) -> Any:
 
 
 def of_operators(averages: Sequence[Any]) -> dict[str, Calls]:
-    """Of each operator on a CPU or, where there is a GPU, of each of its kernels: how often it was called, and how many
-    seconds it took by itself.
+    """Count calls and seconds of each operator without its children, or on a GPU of each kernel.
 
     Args:
-        averages: as torch.profiler gives them. An operator is also charged with the kernels that it starts, which have
-            entries of their own, and so have the spans that a program has named.
+        averages: of torch.profiler, where kernels and annotations also have entries of their own.
     """
     kernels = [event for event in averages if event.device_type.name != "CPU" and not event.is_user_annotation]
     if kernels:
@@ -209,7 +208,7 @@ def of_operators(averages: Sequence[Any]) -> dict[str, Calls]:
 
 
 def _shares(seconds_of_ranks: Sequence[Mapping[str, float]], num_updates: int) -> list[Share]:
-    """The largest first."""
+    """Average over ranks and updates; the largest first."""
     names = dict.fromkeys(name for seconds in seconds_of_ranks for name in seconds)
     found = []
     for name in names:

@@ -25,7 +25,7 @@ from lockstep.training.summary import summary_lines, write_summary
 from lockstep.training.tensor_file import TensorFileWriter
 from lockstep.training.trainer import Trainer
 
-SECONDS_FOR_A_LOCK = 120.0  # of a rank 0 that was lost with its node
+SECONDS_FOR_A_LOCK = 120.0  # of a lost rank 0, which a file server may keep
 
 
 def run(cluster: Cluster, hooks: Sequence[TrainerHook] = ()) -> None:
@@ -64,10 +64,12 @@ def train(
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
-    RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit leaves no folder behind
+    RankGrid.of(
+        settings, cluster.rank, cluster.size
+    )  # before a folder is made: refuse a number of ranks that does not fit
     begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = begun.folder
-    if begun.is_over:
+    if begun.is_finished:
         if cluster.is_root:
             print(f"{folder.path} is finished: nothing is left to do, and nothing was changed", flush=True)
         return
@@ -82,7 +84,7 @@ def train(
         trainer = build_trainer(cluster, settings, task, folder, begun.resume, state.take_over(cluster), hooks)
         state.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
-        cluster.recorder.take_seconds()  # without the start, for which all wait
+        cluster.recorder.take_seconds()  # what comes before is the start, not training
         evaluation = trainer.train(vote(settings))
         seconds = cluster.recorder.take_seconds()
         cluster.recorder.enter("merging")
@@ -92,20 +94,20 @@ def train(
 
 
 def watch(cluster: Cluster, folder: RunFolder, limit_seconds: float) -> Watchdog:
-    """Record what this rank is at, and end a stall.
+    """Write this rank's flight record to `folder`, and start the watchdog, which ends a stalled job.
 
     Raises:
-        StorageError: the record cannot be made.
+        StorageError: the record cannot be written.
     """
     with storage_errors():
         return Watchdog(cluster.recorder, folder.recorder, cluster.rank, cluster.size, limit_seconds, abort_job)
 
 
 def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:
-    """Collective: the merged model goes into rank 0's file, tensor by tensor. None but on rank 0.
+    """Collective: merge the model into a file on rank 0, tensor by tensor; returns its writer there, None elsewhere.
 
     Raises:
-        ReplicasDifferError: on every rank, if they do not agree; on rank 0, if parts were lost on the way.
+        ReplicasDifferError: on every rank, if replicas differ; on rank 0, if a shard was lost on the way.
         StorageError: on rank 0: it cannot be written.
     """
     strategy = trainer.strategy
@@ -125,7 +127,7 @@ def _finish(
     trainer: Trainer,
     ranks: list[tuple[int, dict[str, float]]],
 ) -> None:
-    """Write the summary, tell the result, and draw the curves.
+    """Write the summary, print the result, and draw the curves.
 
     Args:
         ranks: of each, its peak memory in MiB and its seconds by phase.

@@ -1,12 +1,12 @@
-"""The folder that a run leaves behind. Rank 0 alone touches it, but for recorder/, ledger/, profile/ and, of a model in
-parts, checkpoints/, which all ranks must see.
+"""The run folder. Rank 0 alone writes to it, except for recorder/, ledger/, profile/ and, of a sharded model,
+checkpoints/, which all ranks must see.
 
-settings.yaml      every setting of the run, as it holds now, ready for --config
-settings.history.jsonl   a line an attempt: from which update, on how many ranks, and what it changed
+settings.yaml      every setting of the run as it is now, for --config
+settings.history.jsonl   a line for each attempt: its first update, number of ranks and changed settings
 environment.json   versions, hardware, the ranks and how they were started
-metrics.jsonl      one JSON object a log line
-checkpoints/       what to go on from (checkpoint.py)
-ledger/            which rank learned from which samples, if asked for (ledger.py)
+metrics.jsonl      one JSON object for each log line and evaluation
+checkpoints/       to resume from (checkpoint.py)
+ledger/            which rank trained on which samples, if asked for (sample_ledger.py)
 events.out..., metrics.csv   the same for TensorBoard, for spreadsheets (loggers.py)
 profile/           of chosen updates: a trace and a table (profiling.py)
 recorder/          each rank's last sign of life, and the verdict on a stall (runtime/flight_recorder.py)
@@ -35,7 +35,7 @@ from lockstep.parallel.merge import state_digest
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.settings.reading import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_settings
-from lockstep.training.history import as_saved, changes, goes_on
+from lockstep.training.history import as_saved, asks_for_more, changes
 from lockstep.training.tensor_file import TensorFileWriter
 
 MODEL = "model.safetensors"
@@ -47,17 +47,17 @@ SECONDS_A_LOOK = 0.5  # for a lock
 
 
 class RunFolder:
-    """Where one run's files are, and how they are written and read: whole or not at all."""
+    """The files of one run; each is written atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @staticmethod
     def create(settings: Settings) -> "RunFolder":
-        """A new folder at `run_dir`, or under runs/ by date and time with the link runs/latest to it.
+        """Make a new folder at `run_dir`, or under runs/ by date and time, with the link runs/latest to it.
 
         Raises:
-            SettingsError: `run_dir` holds something already.
+            SettingsError: `run_dir` is not empty.
             StorageError: it cannot be made or written.
         """
         with storage_errors():
@@ -73,7 +73,7 @@ class RunFolder:
 
     @staticmethod
     def reopen(settings: Settings) -> "RunFolder":
-        """The folder of a run that goes on, or that never began.
+        """Open the folder of a run that is to be resumed.
 
         Raises:
             SettingsError: there is none.
@@ -83,15 +83,15 @@ class RunFolder:
             raise SettingsError(f"--resume goes on with {path}, and there is no such folder: a new run has no --resume")
         return RunFolder(path)
 
-    def is_over(self, settings: Settings) -> bool:
-        """The run is finished, and `settings` ask for nothing more; if they ask for more epochs, it goes on.
+    def is_finished(self, settings: Settings) -> bool:
+        """Whether the run is finished, and `settings` do not ask for more epochs.
 
         Raises:
-            SettingsError: it is finished, and they are another run's; or there is nothing to go on from.
+            SettingsError: it is finished, and other settings have changed; or there is no checkpoint to continue from.
         """
         if not (self.path / SUMMARY).exists():
             return False
-        if not goes_on(self.load_settings(), settings, f"{self.path} is finished"):
+        if not asks_for_more(self.load_settings(), settings, f"{self.path} is finished"):
             return True
         if not any((self.path / "checkpoints").glob("[0-9]*")):
             raise SettingsError(f"{self.path} is finished and has no checkpoint: it cannot go on for longer")
@@ -99,13 +99,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
-        """Nobody else writes here; the lock ends with the process, however it ends.
+        """Hold a lock on the folder, which ends with the process.
 
         Args:
             wait_seconds: for the lock of a process that has ended, which a file server may keep for a while.
 
         Raises:
-            StorageError: another job does.
+            StorageError: another job holds it.
         """
         with storage_errors():
             lock = (self.path / LOCK).open("w")
@@ -119,10 +119,10 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path) -> "RunFolder":
-        """The folder of a finished run.
+        """Open the folder of a finished run.
 
         Raises:
-            StorageError: it is not there or holds no merged model.
+            StorageError: it does not exist or has no merged model.
         """
         folder = RunFolder(path)
         with storage_errors():
@@ -132,7 +132,7 @@ class RunFolder:
         return folder
 
     def begin_recording(self) -> None:
-        """An empty recorder/; the one before becomes recorder.before/.
+        """Make an empty recorder/; the one of the attempt before becomes recorder.before/.
 
         Raises:
             StorageError: it cannot be made.
@@ -153,13 +153,13 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def withdraw_conclusions(self) -> None:
-        """What an earlier attempt has concluded no longer stands: the run goes on."""
+        """Remove the results of an earlier attempt: the run continues."""
         with storage_errors():
             for conclusion in (SUMMARY, EVALUATION):
                 (self.path / conclusion).unlink(missing_ok=True)
 
     def begin(self, settings: Settings, environment: Mapping[str, Any], update: int = 0) -> None:
-        """Record what this attempt, which goes on after `update` updates, runs with, and what it has changed."""
+        """Record the settings and environment of this attempt, which begins after `update` updates."""
         history, saved = self.path / HISTORY, self.path / SETTINGS_FILE
         with storage_errors():
             before = history.read_text() if history.exists() else ""
@@ -169,16 +169,18 @@ class RunFolder:
             "num_ranks": len(environment.get("ranks", ())),
             "changed": changes(self.load_settings(), settings) if saved.exists() else {},
         }
-        self.write(HISTORY, f"{before}{json.dumps(attempt)}\n")  # first: a kill in between leaves it twice, not never
+        self.write(
+            HISTORY, f"{before}{json.dumps(attempt)}\n"
+        )  # first: a kill in between leaves the change twice, not never
         self.write(SETTINGS_FILE, dump_settings(as_saved(settings)))
         self.write_json("environment.json", environment)
 
     def load_settings(self, trust: bool = False) -> Settings:
-        """What the run was made with; `trust`: the user has typed `--trust true`."""
+        """Read the run's settings; `trust`: the user has typed `--trust true`."""
         return load_settings(self.path / SETTINGS_FILE, trust)
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file: under a temporary name, then renamed."""
+        """Write a text file under a temporary name, then rename it."""
         with replacing(self.path / name) as temporary:
             temporary.write_text(text)
 
@@ -187,15 +189,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def model_writer(self, meta_state: Mapping[str, Tensor]) -> Iterator[TensorFileWriter]:
-        """Save the merged model tensor by tensor, with the digest of its content in the header of the file."""
+        """Save the merged model tensor by tensor, with the digest of its content in the file's header."""
         with replacing(self.path / MODEL) as temporary, TensorFileWriter(temporary, meta_state) as writer:
             yield writer
 
     def load_model(self) -> dict[str, Tensor]:
-        """The merged model.
+        """Read the merged model.
 
         Raises:
-            StorageError: it cannot be read, or is torn.
+            StorageError: it cannot be read, is truncated or was altered.
         """
         path = self.path / MODEL
         try:
@@ -210,10 +212,10 @@ class RunFolder:
 
 
 def load_into(model: nn.Module, folder: RunFolder) -> None:
-    """`model` becomes the merged model in `folder`.
+    """Load the merged model in `folder` into `model`.
 
     Raises:
-        StorageError: it cannot be read, is torn or was altered, or is another network's.
+        StorageError: it cannot be read, is truncated or was altered, or is of another network.
     """
     try:
         model.load_state_dict(folder.load_model())
@@ -223,8 +225,8 @@ def load_into(model: nn.Module, folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well and is removed when not."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # which nobody can have made before
+    """Give a temporary file beside `path` that replaces it on success and is removed on failure."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # a name that nobody can have planted
     with storage_errors():
         try:
             yield temporary
@@ -238,7 +240,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn what the file system refuses into a `StorageError` that says what to do."""
+    """Turn errors of the file system into a `StorageError` that says what to do."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -266,7 +268,7 @@ def _new_folder_by_time() -> Path:
 
 
 def _point_latest_at(path: Path) -> None:
-    """A convenience: where it cannot be made, nothing is lost."""
+    """Make the link runs/latest, if that is possible."""
     link = path.with_name(DEFAULT_RUN.name)
     temporary = path.with_name(f".{DEFAULT_RUN.name}.{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
@@ -276,12 +278,12 @@ def _point_latest_at(path: Path) -> None:
 
 
 def json_number(value: float) -> float | None:
-    """`value`, or None where it is infinite or not a number, which JSON cannot say."""
+    """Give `value`, or None where it is infinite or not a number, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` outlive a power cut."""
+    """Flush the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

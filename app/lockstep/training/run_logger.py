@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines and a bar for people, metrics for files."""
+"""The run log: lines and a progress bar for people, metrics for files."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ from lockstep.training.run_folder import RunFolder, json_number, storage_errors
 
 
 class RunLogger:
-    """The run log of every rank but 0: it keeps silent. Use as a context manager."""
+    """The run log of every rank but 0, which writes nothing. Use as a context manager."""
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -45,20 +45,20 @@ class RunLogger:
         """Move the bar to `num_updates`."""
 
     def say(self, line: str) -> None:
-        """One line to the person."""
+        """Print a line."""
 
     def say_progress(self, line: str, progress: Position, samples: str) -> None:
-        """One line to the person, with the pace since the one before and the time that is left.
+        """Print a line, with the rate since the one before and the time left.
 
         Args:
-            samples: what they are called.
+            samples: what samples are called.
         """
 
     def record(self, kind: str, step: int, epoch: int, samples: int, **values: float) -> None:
-        """One point of the curves `kind` (train or held_out), after `step` updates and so many samples."""
+        """Record metrics of `kind` (train or held_out) after `step` updates and so many samples."""
 
     def mark(self) -> int:
-        """How long metrics.jsonl is now, in bytes: where a run that goes on from here cuts it off."""
+        """The length of metrics.jsonl in bytes, to which a run resumed from here truncates it."""
         return 0
 
 
@@ -71,13 +71,13 @@ class _RateColumn(ProgressColumn):
 
 
 class RootRunLogger(RunLogger):
-    """The run log of rank 0: metrics.jsonl and the loggers that were asked for, complete after each record.
+    """The run log of rank 0: metrics.jsonl and the loggers that were asked for, flushed after each record.
 
-    Lines go to standard output, plain. The bar is drawn on standard error, and only where that is a terminal.
+    Plain lines go to standard output. The bar is drawn on standard error, only if that is a terminal.
     """
 
     def __init__(self, folder: RunFolder, settings: Settings, num_updates: int, mark: int = 0) -> None:
-        """Go on where `mark` was taken; what an earlier attempt has recorded since is cut off.
+        """Continue where `mark` was taken; what an earlier attempt has recorded since is removed.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -101,7 +101,7 @@ class RootRunLogger(RunLogger):
             ]
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the numbers leave over
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes the width that the numbers leave
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
@@ -121,7 +121,7 @@ class RootRunLogger(RunLogger):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        with storage_errors(), contextlib.ExitStack() as stack:  # closing writes what a full disk refused before
+        with storage_errors(), contextlib.ExitStack() as stack:  # closing writes what a full disk has refused
             for logger in self._loggers:
                 stack.callback(logger.close, ended_well=kind is None)
             stack.callback(self._metrics.close)
@@ -159,8 +159,8 @@ class RootRunLogger(RunLogger):
 
 
 def mark_after(metrics: Path, step: int) -> int:
-    """The `mark` of a run log whose last writer is gone: how many bytes of `metrics` come before what was recorded
-    after update `step`, or will be recorded anew.
+    """Find the `mark` of a run log whose writer was lost: the length of `metrics` up to update `step`, without what
+    will be recorded again.
     """
     mark = 0
     for record, end in _whole_lines(metrics) if metrics.exists() else ():
@@ -171,7 +171,7 @@ def mark_after(metrics: Path, step: int) -> int:
 
 
 def _whole_lines(metrics: Path, num_bytes: int = -1) -> list[tuple[dict[str, Any], int]]:
-    """Of the first `num_bytes` of `metrics` the records up to the first that was cut short, and where each ends."""
+    """Read the records in the first `num_bytes` of `metrics`, up to one that was cut short, and where each ends."""
     with metrics.open("rb") as file:
         lines = file.read(num_bytes).splitlines(keepends=True)
     found: list[tuple[dict[str, Any], int]] = []

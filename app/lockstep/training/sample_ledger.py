@@ -1,13 +1,12 @@
-"""The ledger: which rank learned from which samples in which update, so that nobody need believe the plan.
+"""The sample ledger: which rank trained on which samples in which update, as recorded, not as planned.
 
 Each rank appends to a file of its own, ledger/<attempt>-<start>-<rank>-of-<ranks>.bin: little-endian int64, first the
 number of samples in the data set, then for every update the numbers (update, epoch, skipped, n) and n sample ids. An
-attempt that resumed at update s replaces whatever earlier attempts had done from s on: that work was lost with the
-process. Of the last attempt only the updates count that every rank has written down: the others were lost, too, or go
-on.
+attempt that resumed at update s replaces what earlier attempts had recorded from s on: that work was lost with the
+process. Of the last attempt only updates count that every rank has recorded: others were lost, too, or are under way.
 
-What was cut off leaves no trace in a file. So `find_gaps` asks for every update that was done, as checkpoints and the
-summary count them, of every rank.
+A file does not show that its end was cut off. So `find_gaps` checks that every update which checkpoints and summary
+count was recorded by every rank.
 """
 
 import os
@@ -25,13 +24,13 @@ FOLDER = "ledger"
 
 
 class SampleLedger:
-    """What this rank writes in one attempt. `path` None keeps no ledger."""
+    """What this rank records in one attempt. With `path` None it records nothing."""
 
     def __init__(self, path: Path | None, num_samples: int, ahead: bool = False) -> None:
         """
         Args:
-            ahead: write an update down before it is done, not after: what others learn from this rank's samples must
-                not be lost with it.
+            ahead: record an update before it is done, not after: if this rank is lost, the others may have trained on
+                its samples already.
 
         Raises:
             StorageError: the file cannot be made.
@@ -46,11 +45,11 @@ class SampleLedger:
 
     @staticmethod
     def path(run: Path, attempt: int, start: int, rank: int, num_ranks: int) -> Path:
-        """The file of one of `num_ranks` ranks in attempt 0, 1, ..., which begins after `start` updates."""
+        """Name the file of one of `num_ranks` ranks in attempt 0, 1, ..., which begins after `start` updates."""
         return run / FOLDER / f"{attempt:06d}-{start:012d}-{rank:06d}-of-{num_ranks:06d}.bin"
 
     def announce(self, update: int, epoch: int, ids: Ids) -> None:
-        """These samples are about to be learned from on this rank, if all goes well: before gradients are summed."""
+        """Record samples before this rank's gradients of them are summed, if `ahead`."""
         if self._file and self._ahead:
             self._write(update, epoch, ids, skipped=False)
             with storage_errors():
@@ -58,7 +57,7 @@ class SampleLedger:
                 os.fdatasync(self._file.fileno())  # a node may be lost, too
 
     def record(self, update: int, epoch: int, ids: Ids, skipped: bool = False) -> None:
-        """These samples were learned from on this rank in this update, or passed over with it."""
+        """Record samples that this rank has trained on in this update, or skipped with it; does nothing if `ahead`."""
         if not self._ahead:
             self._write(update, epoch, ids, skipped)
 
@@ -68,7 +67,7 @@ class SampleLedger:
                 self._file.write(np.concatenate([[update, epoch, skipped, len(ids)], ids]).astype("<i8").tobytes())
 
     def flush(self) -> None:
-        """Make what was recorded outlive this process (not a power cut), before a checkpoint that counts on it."""
+        """Hand what was recorded to the operating system, before a checkpoint that relies on it."""
         if self._file:
             with storage_errors():
                 self._file.flush()
@@ -92,7 +91,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class EpochCount:
-    """What the ledger proves about one epoch.
+    """What the ledger shows of one epoch.
 
     Attributes:
         num_samples: samples in the data set.
@@ -109,24 +108,24 @@ class EpochCount:
 
     @property
     def is_exact(self) -> bool:
-        """Each sample exactly once."""
+        """Whether each sample was used exactly once."""
         return self.num_used == self.num_distinct == self.num_samples
 
     @property
     def is_exact_so_far(self) -> bool:
-        """No sample more than once."""
+        """Whether no sample was used more than once."""
         return self.num_used == self.num_distinct <= self.num_samples
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What all ranks have written in one attempt.
+    """What all ranks have recorded in one attempt.
 
     Attributes:
         start: updates done before it.
-        missing: ranks whose file is not there.
-        sizes: of the data set, as the files say that are not empty.
-        files: the file and the entries of each rank.
+        missing: ranks without a file.
+        sizes: of the data set, by the files that are not empty.
+        files: each rank's file and its entries.
     """
 
     number: int
@@ -137,7 +136,7 @@ class _Attempt:
 
     @property
     def written_by_all(self) -> int:
-        """The update before which all ranks have written all of this attempt."""
+        """The first update that not all ranks have recorded."""
         return 0 if self.missing else min(each[-1].update + 1 if each else 0 for each in self.files.values())
 
 
@@ -147,7 +146,7 @@ def last_attempt(run: Path) -> int:
 
 
 def read_ledger(run: Path) -> list[EpochCount]:
-    """What was used in each epoch from the first on, over all attempts and ranks.
+    """Count the samples used in each epoch, over all attempts and ranks.
 
     Raises:
         StorageError: there is no ledger, or a file of it was altered.
@@ -155,18 +154,18 @@ def read_ledger(run: Path) -> list[EpochCount]:
     attempts = _read(run)
     num_samples = max((size for attempt in attempts for size in attempt.sizes), default=0)
     entries = _counted(attempts)
-    accounts = []
+    counts = []
     for epoch in range(max((entry.epoch for entry in entries), default=-1) + 1):
         parts = [entry for entry in entries if entry.epoch == epoch]
         ids = np.concatenate([entry.ids for entry in parts]) if parts else np.array([], dtype=np.int64)
         num_skipped = sum(len(entry.ids) for entry in parts if entry.skipped)
-        accounts.append(EpochCount(epoch, num_samples, len(ids), len(np.unique(ids)), num_skipped))
-    return accounts
+        counts.append(EpochCount(epoch, num_samples, len(ids), len(np.unique(ids)), num_skipped))
+    return counts
 
 
 def find_gaps(run: Path, num_updates: int, num_used: int) -> list[str]:
-    """What the ledger does not hold of the `num_updates` updates that were done, and of those that a later attempt
-    took for done: each a sentence. None in a ledger that is whole.
+    """List what the ledger lacks of the `num_updates` updates that were done, and of those that a later attempt
+    continued from: a sentence each; none if the ledger is complete.
 
     Args:
         num_used: samples that were used in these updates.
@@ -178,7 +177,7 @@ def find_gaps(run: Path, num_updates: int, num_used: int) -> list[str]:
     gaps, done, why = [], 0, ""
     for index, (attempt, stop) in enumerate(zip(attempts, _stops(attempts), strict=True)):
         if any(later.start <= attempt.start for later in attempts[index + 1 :]):
-            continue  # replaced as a whole, and perhaps killed before it had all its files
+            continue  # replaced entirely, and perhaps killed before it had all its files
         if attempt.start > done:
             gaps.append(f"updates {done + 1} ... {attempt.start} are missing{why}")
         done = max(stop, attempt.start)
@@ -198,7 +197,7 @@ def find_gaps(run: Path, num_updates: int, num_used: int) -> list[str]:
 
 
 def ledger_digest(run: Path) -> str:
-    """The sha256 over which rank used which samples in which update, hexadecimal: the same however often it stopped.
+    """Hash which rank used which samples in which update (sha256, hexadecimal): the same however often a run stopped.
 
     Raises:
         StorageError: there is no ledger, or a file of it was altered.
@@ -208,7 +207,7 @@ def ledger_digest(run: Path) -> str:
 
 
 def _counted(attempts: list[_Attempt]) -> list[Entry]:
-    """Every entry that was not lost or replaced."""
+    """Collect every entry that was not lost or replaced."""
     stops = _stops(attempts)
     return [
         entry
@@ -220,7 +219,7 @@ def _counted(attempts: list[_Attempt]) -> list[Entry]:
 
 
 def _stops(attempts: list[_Attempt]) -> list[int]:
-    """Of each attempt, the first update that does not count."""
+    """Find for each attempt the first update that does not count."""
     return [
         min([attempt.written_by_all, *(later.start for later in attempts[index + 1 :])])
         for index, attempt in enumerate(attempts)
@@ -228,7 +227,7 @@ def _stops(attempts: list[_Attempt]) -> list[int]:
 
 
 def _read(run: Path) -> list[_Attempt]:
-    """All attempts in order."""
+    """Read all attempts, in order."""
     names = _files(run)
     if not names:
         raise StorageError(f"{run} holds no ledger: train with --checks.ledger true")
@@ -248,7 +247,7 @@ def _read(run: Path) -> list[_Attempt]:
 
 @dataclass(frozen=True)
 class _Name:
-    """What the name of a file says; `num_ranks` 0: nothing, as in older ledgers."""
+    """What a file's name says; `num_ranks` is 0 in older ledgers, which do not say it."""
 
     attempt: int
     start: int
@@ -258,7 +257,7 @@ class _Name:
 
 
 def _files(run: Path) -> list[_Name]:
-    """Every file, in order."""
+    """List every file, in order."""
     found = []
     for file in sorted((run / FOLDER).glob("*.bin")):
         if match := re.fullmatch(r"(\d+)-(\d+)-(\d+)(?:-of-(\d+))?\.bin", file.name):
@@ -268,7 +267,7 @@ def _files(run: Path) -> list[_Name]:
 
 
 def _read_file(file: Path, rank: int) -> tuple[int | None, list[Entry]]:
-    """The number of samples, unless the file is empty, and the entries; a last one that was cut short is left out."""
+    """Read the number of samples, None of an empty file, and the entries; a last one that was cut short is left out."""
     raw = file.read_bytes()
     numbers: Ids = np.frombuffer(raw[: len(raw) // 8 * 8], dtype="<i8").astype(np.int64)
     entries = []

@@ -23,7 +23,7 @@ TOLD_IF_LOST = 0.05  # of the ranks' time
 
 
 def by_group(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase, by group of phases."""
+    """Add up seconds by group of phases."""
     grouped = {group: sum(seconds.get(phase, 0.0) for phase in phases) for group, phases in GROUPS.items()}
     return {**grouped, OTHER: sum(seconds.values()) - sum(grouped.values())}
 
@@ -37,7 +37,7 @@ def write_summary(
     seconds_of_ranks: Sequence[Mapping[str, float]],
     peak_mib_of_ranks: Sequence[float],
 ) -> dict[str, Any]:
-    """summary.json, and evaluation.json; what the first one holds.
+    """Write summary.json and evaluation.json; returns the content of the first.
 
     Args:
         seconds_of_ranks: of each rank, by phase.
@@ -63,16 +63,15 @@ def write_summary(
         "samples_per_second": round(progress.samples_per_second, 1),
     }
     folder.write_json(EVALUATION, {**evaluation.counts, **evaluation.details})
-    folder.write_json(SUMMARY, summary)  # last: a run that has one is finished
+    folder.write_json(SUMMARY, summary)  # last: a run folder with one is finished
     return summary
 
 
 def summary_lines(folder: RunFolder, summary: Mapping[str, Any], samples: str) -> list[str]:
-    """What a person wants to know at the end, from summary.json: plain text, which reads well in a narrow terminal and
-    in a log file.
+    """Format summary.json for people, as plain text for narrow terminals and log files.
 
     Args:
-        samples: what they are called.
+        samples: what samples are called.
     """
     rows = {
         "Trained": f"{summary['num_updates']} updates in {summary['training_seconds']:.1f} s, "

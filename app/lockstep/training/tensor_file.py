@@ -1,6 +1,6 @@
-"""Writes a safetensors file tensor by tensor, so that it may be larger than memory. (The library needs all of it.)
+"""Writes a safetensors file tensor by tensor, so that it can be larger than memory. (The library needs all at once.)
 
-The format: 8 bytes, the header's length; the header, JSON, each tensor's type, shape and place; then the tensors.
+The format: 8 bytes, the header's length; the header in JSON, with each tensor's type, shape and offsets; the tensors.
 """
 
 import json

@@ -1,7 +1,7 @@
 """One trace of a job, in Chrome's format, which https://ui.perfetto.dev and chrome://tracing open.
 
-Every rank is a process of the trace, with its phases on top and PyTorch's operators by thread beneath; Horovod's view
-from rank 0 is one more, with a line for each tensor. All times are microseconds since `origin`, by each node's clock.
+Every rank is a process of the trace, with its phases above PyTorch's operators by thread; Horovod's timeline of rank 0
+is one more, with a line for each tensor. All times are microseconds since `origin`, by each node's clock.
 """
 
 import gzip
@@ -17,11 +17,11 @@ Change = tuple[float, str, str]  # when (seconds since the epoch), to what, for 
 PIDS_OF_A_RANK = 100  # its own, and one for each of its GPUs
 HOROVOD_PID = PIDS_OF_A_RANK - 1
 FAST = 1  # 64 ranks on GPUs write a gigabyte
-_ENDING = b'{"ph":"M","name":"trace","pid":0}]}\n'  # so that a comma may stand before it
+_ENDING = b'{"ph":"M","name":"trace","pid":0}]}\n'  # an event without meaning, after the last comma
 
 
 def phases(history: Sequence[Change], end: float) -> Iterator[tuple[str, float, float]]:
-    """(phase, or the collective that is waited for; its begin; its end), in seconds since the epoch."""
+    """Iterate over (phase, or the collective that is waited for; begin; end), in seconds since the epoch."""
     for (begin, phase, collective), (until, *_) in zip(history, [*history[1:], (end, "", "")], strict=True):
         yield collective or phase, begin, until
 
@@ -44,18 +44,18 @@ def phase_events(history: Sequence[Change], end: float, rank: int, host: str, or
 
 
 def torch_events(document: Mapping[str, Any], rank: int, process_id: int, origin: int) -> Iterator[Event]:
-    """What torch.profiler has exported, with process ids that no other rank has."""
+    """Convert what torch.profiler has exported to process ids that no other rank uses."""
     shift = document["baseTimeNanoseconds"] // 1000 - origin
     found = [event for event in document["traceEvents"] if isinstance(event.get("pid"), int) and _is_kept(event)]
     used = {event["pid"] for event in found if event["ph"] != "M"}
     for event in found:
-        if event["pid"] not in used:  # GPUs that this rank does not see are named, too
+        if event["pid"] not in used:  # GPUs that this rank does not use
             continue
         gpu = None if event["pid"] == process_id else event["pid"]
         moved = {**event, "pid": rank * PIDS_OF_A_RANK + (0 if gpu is None else 1 + gpu)}
         if "ts" in event:
             moved["ts"] = round(event["ts"] + shift, 3)
-        if "id" in event:  # of an arrow, which may not lead to another rank
+        if "id" in event:  # of an arrow; ids must not be shared with another rank
             moved["id"] = int(event["id"]) * 10**6 + rank
         yield moved
     for gpu in sorted(used - {process_id}):
@@ -63,8 +63,8 @@ def torch_events(document: Mapping[str, Any], rank: int, process_id: int, origin
 
 
 def horovod_events(timeline: Sequence[Mapping[str, Any]], origin: int) -> Iterator[Event]:
-    """Horovod's own timeline: tensors, which are processes there, become lines of one process. It counts ranks within
-    the group that a tensor belongs to: all of them, or in a pipeline the replicas of rank 0's stage.
+    """Convert Horovod's timeline: its processes, one for each tensor, become lines of one process. Its ranks are
+    counted within the group of a tensor: all ranks, or in a pipeline the replicas of rank 0's stage.
     """
     shift = timeline[0]["args"]["start_time_since_epoch_in_micros"] - origin
     yield from _name_process(HOROVOD_PID, "Horovod on rank 0", place=10**9)
@@ -81,14 +81,14 @@ def horovod_events(timeline: Sequence[Mapping[str, Any]], origin: int) -> Iterat
 
 
 def write_part(file: Path, events: Iterable[Event]) -> None:
-    """One rank's part of the trace."""
+    """Write one rank's part of the trace."""
     with gzip.open(file, "wt", compresslevel=FAST) as out:
         for event in events:
             out.write(json.dumps(event) + ",\n")
 
 
 def join_parts(parts: Sequence[Path], file: Path, beat: Callable[[], None]) -> None:
-    """The whole trace, of which no more than a piece is ever in memory; the parts are removed.
+    """Join the ranks' parts to one trace, without reading it into memory, and remove them.
 
     Args:
         beat: called after each part, as a sign of life.

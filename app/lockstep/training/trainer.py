@@ -1,4 +1,4 @@
-"""The training loop: update, metrics, checkpoint, evaluation. Every rank runs it in step; rank 0 keeps the run log."""
+"""The training loop: update, metrics, checkpoint, evaluation. All ranks run it in step; rank 0 writes the run log."""
 
 import contextlib
 import time
@@ -32,11 +32,11 @@ class Trainer:
 
     Attributes:
         task: what is learned.
-        strategy: where the model lives.
-        loader: this rank's part of the training data, at the run's position.
+        strategy: how the model is placed on the ranks.
+        loader: of this rank's shard of the training data, at the run's position.
         progress: how far the run is.
-        metrics: what this rank counts for the next log line.
-        folder: where it leaves its files.
+        metrics: this rank's metric sums since the last log line.
+        folder: the run folder.
         hooks: called before and after updates, at checkpoints and at the end.
         writer: of checkpoints.
     """
@@ -53,11 +53,11 @@ class Trainer:
         handover: InMemoryCheckpoint | None = None,
         hooks: Sequence[TrainerHook] = (),
     ) -> None:
-        """Collective: go on from `handover`; with `resume` from the last whole checkpoint in `folder`, if there is one.
+        """Collective: continue from `handover`; with `resume`, from the last intact checkpoint in `folder`, if any.
 
         Raises:
-            SettingsError: on every rank: the run has no such updates as are to be profiled.
-            StorageError: on every rank: no checkpoint is whole, where there are some; or the run log cannot be kept.
+            SettingsError: on every rank: the run does not have the updates that are to be profiled.
+            StorageError: on every rank: there are checkpoints, none of them intact; or the run log cannot be written.
         """
         self._cluster = cluster
         self._settings = settings
@@ -84,27 +84,28 @@ class Trainer:
         keeps = settings.checks.ledger
         self._ledger = SampleLedger(path if keeps else None, self.loader.num_samples, ahead=cluster.is_elastic)
         if cluster.is_elastic:
-            cluster.barrier()  # no update counts before every rank can write it down
+            cluster.barrier()  # no update counts before every rank can record it
         self.writer = CheckpointWriter(folder.path, settings.checkpoint, cluster)
         run_logger = cluster.on_root_only(lambda: RootRunLogger(folder, settings, self._num_updates, mark))
         self._run_logger = run_logger or RunLogger()
 
     def train(self, stop: StopVote | None = None) -> Evaluation:
-        """Collective: all updates that are left, with a log line every `log_interval` of them; then the evaluation.
-        metrics.jsonl has the means since the line before.
+        """Collective: do all updates that are left, with a log line every `log_interval` of them, and evaluate.
+
+        metrics.jsonl gets the means since the line before.
 
         Args:
-            stop: asked after each update.
+            stop: asked after each update whether to stop.
 
         Raises:
             NonFiniteError, ReplicasDifferError: on every rank.
-            StoppedError: on every rank: `stop` said so, and the run has saved what it needs to go on.
+            StoppedError: on every rank: `stop` asked for it, and a checkpoint has been saved.
             StorageError: on the rank that cannot write.
         """
         every, num_epochs = self.task.evaluate_every, self.task.num_epochs
         evaluation = None
         with self._run_logger, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
-            if self._repeats_checkpoint:  # the ranks before may not have come to it
+            if self._repeats_checkpoint:  # the generation before may not have taken it
                 self.checkpoint()
             for epoch in range(self.loader.epoch, num_epochs):
                 last = (epoch + 1) * self.loader.updates_per_epoch
@@ -125,7 +126,7 @@ class Trainer:
         return evaluation
 
     def _work_items(self) -> Iterator[Any]:
-        """The rest of the epoch, on the record; loading one is a part of its update."""
+        """Iterate over the rest of the epoch; the time to load an item counts for its update."""
         items = self.loader.rest_of_epoch()
         while True:
             self._enter("data loading", self.progress.step + 1)
@@ -137,8 +138,8 @@ class Trainer:
             yield item
 
     def _seconds_to_stop(self) -> float:
-        """What this rank needs from a boundary between updates to its end: a checkpoint that may just be on its way,
-        another one, and the margin.
+        """How long this rank needs to stop after an update: to finish a checkpoint being written, to write another one,
+        and the margin.
         """
         return 2 * self.writer.seconds_to_save(self._bytes_to_save) + self._settings.stop.margin_seconds
 
@@ -147,7 +148,7 @@ class Trainer:
         return sum(part.values.nbytes for part in self.strategy.saved_state().values())
 
     def _stop(self, reason: str) -> NoReturn:
-        """Collective: save, if that was not just done, and leave."""
+        """Collective: take a checkpoint, unless one was just taken, and stop."""
         step = self.progress.step
         self._profiler.finish(self.progress)
         if self._saved_step != step:
@@ -164,7 +165,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _finishing_to_write(self) -> Iterator[None]:
-        """When all ranks leave together, for whatever reason, the checkpoint that is being written is written first."""
+        """When all ranks raise the same error, finish the checkpoint that is being written first."""
         try:
             yield
         except LockstepError as error:
@@ -174,7 +175,7 @@ class Trainer:
             raise
 
     def update(self, item: Any) -> None:
-        """Collective: one update, and what falls due after it."""
+        """Collective: do one update, and what is due after it: replica check, log line, checkpoint."""
         started = time.perf_counter()
         settings, progress = self._settings, self.progress
         for hook in self.hooks:
@@ -213,7 +214,7 @@ class Trainer:
             self.checkpoint()
 
     def _log(self, item: Any, learning_rate: float, is_line: bool) -> None:
-        """Collective: one reduction."""
+        """Collective: write a log line; costs one all-reduce."""
         mean, last = (self.task.scores(metric_sums) for metric_sums in self.metrics.reduce(self._cluster))
         if not mean:  # every update since the last line was skipped
             return
@@ -224,11 +225,11 @@ class Trainer:
             self._run_logger.say_progress(line, self.progress, self.task.samples)
 
     def _evaluate(self, epoch: int) -> Evaluation:
-        """Collective."""
+        """Collective: evaluate the model, or its average, and record the scores."""
         self._enter("evaluation")
         strategy, grid = self.strategy, self._grid
         forward = partial(strategy.forward, self.task)
-        self.writer.wait_for_copy()  # of weights that the average now takes the place of
+        self.writer.wait_for_copy()  # of weights, which are now exchanged with their average
         with strategy.averaged():
             evaluation = self.task.evaluate(strategy.model, forward, grid.replica, grid.num_replicas)
         progress = self.progress
@@ -242,17 +243,17 @@ class Trainer:
         return _is_due(step, interval) or (interval > 0 and step == self._num_updates)
 
     def position(self) -> dict[str, Any]:
-        """What all ranks count alike in a checkpoint, after the last update that was done."""
+        """What a checkpoint holds beside tensors that is equal on all ranks."""
         epoch, consumed = self.loader.position_after(self.progress.step)
         progress = asdict(self.progress)
         immutable = self._immutable_settings
         return {"progress": progress, "epoch": epoch, "consumed": consumed, "immutable_settings": immutable}
 
     def checkpoint(self) -> None:
-        """Collective: every rank writes its part of what all need to go on, exactly as if they had never stopped."""
+        """Collective: take a checkpoint, from which a run continues exactly as if it had never stopped."""
         self._enter("checkpoint")
         self._saved_step = self.progress.step
-        self._ledger.flush()  # before the gathering: the checkpoint may count on every rank's ledger
+        self._ledger.flush()  # before the all-gather: the checkpoint relies on every rank's ledger
         random_state = random_state_digest(self._cluster.device)
         of_ranks = self._cluster.all_gather_object((self.metrics.metric_sums(), random_state))
         counters: dict[str, Any] = {
@@ -260,7 +261,7 @@ class Trainer:
             "metrics_mark": self._run_logger.mark(),
             "tied_weights": self.strategy.tied_weights,
             "metric_sums_of_ranks": [metric_sums for metric_sums, _ in of_ranks],
-            "random_state_of_ranks": [state for _, state in of_ranks],  # for proofs; every update sets its own
+            "random_state_of_ranks": [state for _, state in of_ranks],  # for certificates; every update seeds its own
         }
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
         self.loader.after_checkpoint()
@@ -268,7 +269,7 @@ class Trainer:
             hook.at_checkpoint(self)
 
     def _resume(self, handover: InMemoryCheckpoint | None) -> int:
-        """Collective: go on from `handover`, or from the last whole checkpoint; the `mark` of the run log there."""
+        """Collective: continue from `handover` or the last intact checkpoint; returns its `mark` of the run log."""
         found: Checkpoint | InMemoryCheckpoint | None = handover
         if found is None:
             found = self._cluster.on_root(lambda: latest_checkpoint(self.folder.path, tell=self._tell))
@@ -277,7 +278,9 @@ class Trainer:
             return 0
         counters = found.counters
         for name, now in self._immutable_settings.items():
-            if (was := counters["immutable_settings"].get(name, now)) != now:  # older checkpoints do not say all
+            if (
+                was := counters["immutable_settings"].get(name, now)
+            ) != now:  # older checkpoints do not have all of them
                 message = f"{name} is {now} and was {was}: a run that goes on cannot change it"
                 raise SettingsError(message).as_shared()
         if found.step > self._num_updates:

@@ -9,8 +9,7 @@ import torch
 from lockstep.models.net import Net
 from lockstep.parallel.weight_average import exchange_with_average, has_average
 from lockstep.settings import OptimizerSettings
-from lockstep.training.large_batch import Lamb, Lars
-from lockstep.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from lockstep.training.optim import Lamb, Lars, build_optimizer, learning_rate_at, set_learning_rate
 from tests.launching import ROOT, launch
 
 
