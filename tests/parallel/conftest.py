@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lockstep.comm.cluster import Cluster
 
 REPORTS = "TEST_WORLD_REPORTS"  # set inside a world: the folder for its ranks' reports
-WORLD_TIMEOUT_SECONDS = 300
+SECONDS_TO_START, SECONDS_A_TEST = 120, 6  # at most, on cores that others use, too
 SECONDS_TO_FAIL_TOGETHER = 1.0
 
 Reports = dict[str, list[pytest.TestReport]]  # by test
@@ -99,9 +99,10 @@ def _run_world(config: pytest.Config, size: int, nodeids: Sequence[str]) -> Repo
         try:
             output = launch(
                 ["mpirun", "-np", str(size), *pytest_command],
-                timeout_seconds=WORLD_TIMEOUT_SECONDS,
+                timeout_seconds=SECONDS_TO_START + SECONDS_A_TEST * len(nodeids),
                 cwd=config.rootpath,
-                environment={REPORTS: folder},
+                # There may be more threads than cores: a thread that waits for another must not keep its core busy.
+                environment={REPORTS: folder, "OMP_WAIT_POLICY": "passive"},
             ).output
         except DidNotEndError as error:
             output = str(error)
