@@ -1,4 +1,4 @@
-"""What settings were called in the release before. The old names are read for one more."""
+"""Old names of settings, which are read for one more release."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -90,7 +90,7 @@ def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], 
     finished = _as_victim(_commands(attack)[way], place)
     assert not attack["mark"].exists(), finished.output
     assert finished.returncode == SETTINGS, finished.output
-    assert f"is the word of nobody (uid {STRANGER})" in finished.stderr, finished.output
+    assert f"comes from nobody (uid {STRANGER})" in finished.stderr, finished.output
     assert "data.name: subprocess.call" in finished.stderr, finished.output
     assert "--trust true" in finished.stderr, finished.output
     assert "Traceback" not in finished.output

@@ -106,6 +106,6 @@ def test_of_cifars_pickles_only_arrays_are_taken(tmp_path: Path, monkeypatch: py
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}, protocol=2))
     assert load("cifar10", tmp_path, train=False).images.flatten().tolist() == images.flatten().tolist()
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": _Runs(tmp_path / "mark")}, protocol=2))
-    with pytest.raises(DataError, match=r"mkdir, which is nothing of CIFAR's"):
+    with pytest.raises(DataError, match=r"mkdir, which CIFAR's files do not need"):
         load("cifar10", tmp_path, train=False)
     assert not (tmp_path / "mark").exists()

@@ -242,7 +242,7 @@ def test_a_resnet_in_blocks_is_torchvisions() -> None:
     ("name", "shape", "message"),
     [
         ("resnet81", (3, 32, 32), "there is no such network: net, vit, resnet18"),
-        ("vit", (1, 30, 30), "30, is no multiple"),
+        ("vit", (1, 30, 30), "30, must be a multiple"),
         ("net", (1, 5, 5), "6 x 6 or more"),
         ("no_such_package.Net", (1, 5, 5), "needs the module no_such_package"),
     ],

@@ -110,7 +110,7 @@ def test_a_link_in_a_folder_of_its_owners_is_their_word(write: Write, tmp_path: 
 
 def test_a_pipe_in_its_place_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "settings.yaml")
-    with pytest.raises(SettingsError, match="no file"):
+    with pytest.raises(SettingsError, match="not a file"):
         load_settings(tmp_path / "settings.yaml")
 
 
