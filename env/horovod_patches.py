@@ -1,7 +1,7 @@
-"""Every change that Lockstep makes to the source of Horovod 0.28.1 (2023), the last release, and why.
+"""All changes of Lockstep to the source of Horovod 0.28.1 (2023), the last release, with their reasons.
 
-A patch names the text that it replaces. If that text is not there exactly once, the patch fails: a silent miss would
-show hours later, as a compiler error or as a launcher that hangs.
+A patch fails unless the text that it replaces occurs exactly once: otherwise the failure would only show later, as a
+compiler error or a launcher that hangs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ HOROVOD_VERSION = "0.28.1"
 
 
 class PatchError(Exception):
-    """The source is not the one that the patch was written for."""
+    """Raised if the source differs from the one that the patch was written for."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Replace `old`, which stands exactly once in `file`, by `new`."""
+    """Replaces `old`, which must occur exactly once in `file`, by `new`."""
 
     file: str
     old: str
@@ -36,13 +36,13 @@ class Patch:
 
 
 def patches_for(cxx_standard: int) -> list[Patch]:
-    """The patches, with the C++ standard that the headers of the torch at hand need."""
+    """Return all patches, with the C++ standard that torch's headers need."""
     standard = "the headers of current PyTorch need C++17 or C++20, Horovod asks for C++14"
     two_dashes = "Open MPI 5 rejects long options with one dash; versions 4 and 5 both take two"
     distutils = "Python 3.12 has no distutils"
     mpi_run, gloo_run = "horovod/runner/mpi_run.py", "horovod/runner/gloo_run.py"
     elastic_driver, registration = "horovod/runner/elastic/driver.py", "horovod/runner/elastic/registration.py"
-    respawn = "elastic: a failed worker is started again if others of its host live on; they are not ended with it"
+    respawn = "elastic: a failed worker is restarted if others of its host are alive; they are not ended with it"
     return [
         # -- compiling
         Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {cxx_standard})", standard),
@@ -215,13 +215,13 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            rendezvous_id = self._worker_registry.record_failure(",
             "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
         ),
-        # -- strangers
+        # -- protection from other users
         *(Patch(*change) for change in (*secrets(), *listeners())),
     ]
 
 
 def patch_horovod(source: Path, cxx_standard: int) -> None:
-    """Patch an unpacked Horovod source tree in place. Raises `PatchError` if it is not the tree we know."""
+    """Patch an unpacked Horovod source tree in place. Raises `PatchError` if it differs from the expected one."""
     for patch in patches_for(cxx_standard):
         path = source / patch.file
         if not path.is_file():

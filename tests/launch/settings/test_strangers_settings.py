@@ -162,7 +162,11 @@ def test_what_a_name_gives_is_of_its_kind(tmp_path: Path, settings: str, code: i
 
 @pytest.mark.parametrize(
     ("owner", "mode", "told"),
-    [(0, 0o644, "has 1 rows"), (STRANGER, 0o644, "not your word alone"), (0, 0o646, "not your word alone")],
+    [
+        (0, 0o644, "has 1 rows"),
+        (STRANGER, 0o644, "may be written by other users"),
+        (0, 0o646, "may be written by other users"),
+    ],
 )
 def test_rows_of_a_sweep_are_the_users_word(tmp_path: Path, owner: int, mode: int, told: str) -> None:
     rows = tmp_path / "rows.txt"
