@@ -30,15 +30,15 @@ class Source:
     """The content of a settings file, and who could have written it.
 
     Attributes:
-        strangers: ids of the users, beside this one and root, who own the file or a link on its path.
-        open_folder: a folder on its path where every user may replace what lies in it; None if there is none.
+        other_owners: ids of the users, beside this one and root, who own the file or a link on its path.
+        writable_folder: a folder on its path where every user may replace what lies in it; None if there is none.
         group_writes: whether its group may write it.
     """
 
     path: Path
     text: str
-    strangers: frozenset[int] = frozenset()
-    open_folder: Path | None = None
+    other_owners: frozenset[int] = frozenset()
+    writable_folder: Path | None = None
     group_writes: bool = False
 
 
@@ -51,7 +51,7 @@ def read_source(path: Path) -> Source:
         OSError: it cannot be read.
     """
     known = _known_users()
-    strangers, open_folder = set(), None
+    other_owners, writable_folder = set(), None
     for step, found, folder in _way(path):
         if stat.S_ISLNK(found.st_mode):
             if found.st_uid not in known | {folder.st_uid}:
@@ -59,9 +59,9 @@ def read_source(path: Path) -> Source:
                     f"{step} is a link that {_who(found.st_uid)} has put into a folder of {_who(folder.st_uid)}: it is "
                     f"not followed. Remove it, or name the folder itself: {step.resolve()}"
                 )
-            strangers |= {found.st_uid} - known
+            other_owners |= {found.st_uid} - known
         elif stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-            open_folder = step
+            writable_folder = step
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not block on a pipe
     with os.fdopen(descriptor, encoding="utf-8") as file:
         opened = os.fstat(descriptor)
@@ -69,8 +69,8 @@ def read_source(path: Path) -> Source:
             raise SettingsError(f"{path} is not a file")
         if opened.st_mode & stat.S_IWOTH:
             raise SettingsError(f"{path} may be written by every user. Read it, then: chmod o-w {path}")
-        strangers |= {opened.st_uid} - known
-        return Source(path, file.read(), frozenset(strangers), open_folder, bool(opened.st_mode & stat.S_IWGRP))
+        other_owners |= {opened.st_uid} - known
+        return Source(path, file.read(), frozenset(other_owners), writable_folder, bool(opened.st_mode & stat.S_IWGRP))
 
 
 def names_of_code(settings: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -102,14 +102,14 @@ def check_trust(source: Source, names: Mapping[str, list[str]], trust: bool) -> 
     if not names:
         return None
     what = "; ".join(f"{setting}: {', '.join(each)}" for setting, each in names.items())
-    if source.open_folder:
+    if source.writable_folder:
         raise SettingsError(
             f"{source.path} names code ({what}), and every user may replace that file: nothing was imported. "
-            f"Forbid it: chmod o-w {source.open_folder}"
+            f"Forbid it: chmod o-w {source.writable_folder}"
         )
-    if source.strangers and not trust:
+    if source.other_owners and not trust:
         raise SettingsError(
-            f"{source.path} comes from {', '.join(_who(uid) for uid in sorted(source.strangers))}, and names code "
+            f"{source.path} comes from {', '.join(_who(uid) for uid in sorted(source.other_owners))}, and names code "
             f"({what}), which would run as {_who(os.geteuid())}: nothing was imported. If you trust them with "
             "everything you own: --trust true"
         )

@@ -1,4 +1,4 @@
-"""Another user of the same machine leaves settings that run a script of theirs; the victim's commands, as typed."""
+"""Settings of another user that would run their script: the victim's commands refuse them."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that both reach; the victim's own is in it."""
+    """Make a folder that both users can reach, with a folder of the victim in it."""
     with tempfile.TemporaryDirectory(prefix="strangers-") as name:
         place = Path(name)
         place.chmod(0o755)
@@ -38,7 +38,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def attack(place: Path) -> dict[str, Path]:
-    """The stranger's script, its mark, and settings that run it as a data set."""
+    """Write the other user's script, which creates a file, and settings that would run it as a data set."""
     script, mark, settings = place / "script", place / "victim" / "mark", place / "theirs" / "settings.yaml"
     settings.parent.mkdir()
     script.write_text(f"#!/bin/sh\nid -u > {mark}\n")
