@@ -188,7 +188,7 @@ def install_packages(
 ) -> None:
     """Install all packages that the index has as wheels, such as torch."""
     missing = environment.broken(wanted)
-    title = f"{len(wanted)} packages beside the site's torch"
+    title = f"{len(wanted)} packages for the site's torch"
     if not use_site_torch:
         title = f"torch {torch.version} and {len(wanted) - 1} other packages"
     if any(pin.name == "torch" for pin in missing):

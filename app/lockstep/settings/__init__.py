@@ -61,7 +61,7 @@ class Settings:
     """Print only the result, warnings and errors."""
 
     loggers: str = "tensorboard"
-    """Further outputs of the metrics beside metrics.jsonl: any of tensorboard, csv and mlflow, separated by commas; or
+    """Outputs of the metrics in addition to metrics.jsonl: any of tensorboard, csv and mlflow, separated by commas; or
     none."""
 
     profile: str | None = None

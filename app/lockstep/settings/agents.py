@@ -16,7 +16,7 @@ class EnvSettings:
     a class, my_package.MyEnv."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments for making the environment, beside its defaults."""
+    """Further arguments for making the environment."""
 
     num_envs: int = 8
     """Number of environments over all ranks; at least one for each."""

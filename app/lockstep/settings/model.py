@@ -42,7 +42,7 @@ class ModelSettings:
     my_package.MyNet."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments for making a network of torchvision or of your own, beside the shapes of its inputs and outputs."""
+    """Further arguments for making a network of torchvision or of your own."""
 
     dropout1: float = 0.25
     """net: dropout probability of channels after the convolutions."""

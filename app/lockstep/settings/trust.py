@@ -30,7 +30,7 @@ class Source:
     """The content of a settings file, and who could have written it.
 
     Attributes:
-        other_owners: ids of the users, beside this one and root, who own the file or a link on its path.
+        other_owners: ids of users other than this one and root who own the file or a link on its path.
         writable_folder: a folder on its path where every user may replace what lies in it; None if there is none.
         group_writes: whether its group may write it.
     """

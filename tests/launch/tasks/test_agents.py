@@ -18,7 +18,7 @@ def _summary(run: Path) -> dict[str, float]:
 
 
 def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
-    """The first command of docs/agents.md: at least 475 over 100 episodes. Then only the merged policy, on two ranks."""
+    """The first command of docs/agents.md: at least 475 over 100 episodes. Then the merged policy, on two ranks."""
     command, *_, evaluate = [line.split("  #")[0] for line in block_of(DOC, "bash", "env/run horovodrun").splitlines()]
     trained = launch(f"{command} --run_dir {tmp_path}/run", timeout_seconds=180)
     assert trained.returncode == 0, trained.output
