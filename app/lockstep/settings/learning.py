@@ -21,7 +21,7 @@ class OptimizerSettings:
     """Momentum of sgd and lars."""
 
     weight_decay: float = 5e-4
-    """Weight decay; added to the gradient, except with adamw."""
+    """Weight decay: adamw decouples it from the gradient, lamb adds it to the update, others to the gradient."""
 
     decay_vectors: bool = True
     """Apply weight decay to biases and normalisation layers as well; false: only to matrices and filters."""
@@ -100,7 +100,7 @@ class PipelineSettings:
     """Stages and schedule of `parallel: pipeline`."""
 
     num_stages: int | None = None
-    """Number of stages, by default one for each rank; a multiple of as many ranks makes replicas."""
+    """Number of stages, by default one for each rank; with a multiple of as many ranks there are replicas."""
 
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forward and backward passes: 1f1b keeps fewer activations than gpipe."""

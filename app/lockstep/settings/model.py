@@ -56,7 +56,7 @@ class ModelSettings:
     vit: VitSettings = field(default_factory=VitSettings)
 
     channels_last: bool = True
-    """Store images and filters in channels-last memory format, which is the fastest for convolutions."""
+    """Store images and filters in channels-last memory format, in which convolutions are fastest."""
 
     compile: bool = False
     """Compile the model with torch.compile: worth its first minute on GPUs and for models of many small layers."""
