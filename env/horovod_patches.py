@@ -71,7 +71,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)',
             'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
             'if(NOT DEFINED ENV{HOROVOD_GPU_OPERATIONS})\n    set(Pytorch_CUDA "FALSE")\nendif()',
-            "a CPU build must stay one beside a CUDA toolkit that does not fit torch's",
+            "a CPU build must stay one if there is a CUDA toolkit that does not fit torch's",
         ),
         Patch(
             "setup.py",
@@ -123,7 +123,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             mpi_run,
             "'--allow-run-as-root --tag-output'",
             "'--allow-run-as-root'",
-            "lines read under horovodrun as under mpirun: one rank speaks, so a tag on each says nothing",
+            "output without a tag on each line, as under mpirun, since only one rank prints",
         ),
         Patch(mpi_run, "f'-mca plm_rsh_args", "f'--mca plm_rsh_args", two_dashes),
         Patch(mpi_run, "'-mca btl_tcp_if_include", "'--mca btl_tcp_if_include", two_dashes),
@@ -133,7 +133,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             mpi_run,
             "['/bin/sh', '-c', mpirun_command]",
             "['/bin/sh', '-c', 'exec ' + mpirun_command]",
-            "a signal to horovodrun reaches mpirun, not a shell that dies of it and leaves the ranks running",
+            "a signal to horovodrun reaches mpirun; before, it killed a shell and left the ranks running",
         ),
         Patch(
             gloo_run,
@@ -158,7 +158,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            exit_code, timestamp = value\n"
             "            if exit_code != 0 and not settings.run_func_mode:\n"
             "                sys.exit(exit_code)\n",
-            "elastic: the same exit code, also of workers that are counted no longer, and no traceback",
+            "elastic: the same exit code, even of workers that are no longer counted, and no traceback",
         ),
         Patch(
             elastic_driver,
@@ -213,7 +213,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            with self._rendezvous._httpd.cache_lock:\n"
             "                self._rendezvous._httpd.cache.setdefault('lockstep', {})['again'] = b'yes'\n"
             "            rendezvous_id = self._worker_registry.record_failure(",
-            "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
+            "elastic: workers that wait for a new one are told at once if it dies (app/lockstep/comm/rendezvous.py)",
         ),
         # -- protection from other users
         *(Patch(*change) for change in (*secrets(), *listeners())),
