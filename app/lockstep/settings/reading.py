@@ -206,8 +206,8 @@ def flat_settings(settings: Settings) -> dict[str, Any]:
 
 def _with_new_names(args: Sequence[str]) -> list[str]:
     """Replace old names in `args` and the environment, with a line on stderr for each."""
-    replaced, told = with_new_names(args)
-    for line in [*told, *rename_variables(ENVIRONMENT_PREFIX)]:
+    replaced, messages = with_new_names(args)
+    for line in [*messages, *rename_variables(ENVIRONMENT_PREFIX)]:
         print(f"lockstep: {line}", file=sys.stderr, flush=True)
     return replaced
 
