@@ -1,11 +1,13 @@
-"""Makes the environment that Lockstep runs in. Standard library only: nothing is installed yet when this runs.
+"""Build the environment of Lockstep. Standard library only, since nothing else is installed yet when this runs.
 
-`run`, `setup` and `activate` are what people call. Behind them:
+Users call `run`, `setup` and `activate`. The modules behind them:
 
-- `build`: the steps, in order, from an empty folder to an environment that is proven to work
-- `toolchain`: what this machine has (compiler, MPI, CMake, CUDA, NCCL)
+- `build`: all steps, in order, from an empty folder to a tested environment
+- `environment`: the virtual environment and its packages
+- `toolchain`: finds compiler, MPI, CMake, CUDA and NCCL of this machine
 - `lockfile`: reads `requirements.lock`
-- `wheels`: builds mpi4py and Horovod from their sources, and keeps the wheels in a cache
-- `horovod_patches`: every change we make to Horovod 0.28.1, and why
-- `steps`: progress lines, logs, and what to say when a step fails
+- `wheels`: builds mpi4py and Horovod from source, and caches the wheels
+- `horovod_patches`, `horovod_listeners`, `horovod_secrets`: all changes to Horovod 0.28.1, with their reasons
+- `prove`: the final test of an environment
+- `steps`: progress lines, logs, and messages for failed steps
 """

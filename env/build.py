@@ -1,7 +1,7 @@
-"""Builds or repairs the environment. Called by `env/setup`, which finds the Python for it.
+"""Build or repair the environment. Called by `env/setup`, which finds the Python for it.
 
-Every step first looks whether its work is already there, so a second call goes on where the first one stopped, and a
-damaged environment gets back only what it lacks.
+Every step first checks whether its result is already there, so a second call continues where the first one stopped, and
+a repair reinstalls only what is missing.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from env.toolchain import (
 from env.wheels import Gpu, Recipe, Toolchain, Torch, horovod_recipe, mpi4py_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-# What builds the wheels; small, so that mpi4py compiles while torch is still being fetched.
+# Needed to build wheels; installed first, so that mpi4py compiles while torch is being downloaded.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cffi", "pycparser", "cython")
 GIGABYTE = 1e9
 
 
 def folder_from(name: str, default: Path) -> Path:
-    """A folder named by an environment variable; a relative one starts at the clone, wherever the call comes from."""
+    """Return the folder in the environment variable `name`, or `default`; a relative path starts at the clone."""
     return ROOT / Path(os.environ.get(name) or default).expanduser()
 
 
@@ -59,7 +59,7 @@ def check_disk(folder: Path, gigabytes: float, what: str) -> None:
 
 
 def choose_gpu(torch: Torch, site_packages: list[Path]) -> Gpu | str:
-    """What NCCL operations are built with, or one line on why they are not."""
+    """Choose CUDA and NCCL for building NCCL operations, or return a line that says why they are not built."""
     cuda = find_cuda()
     if isinstance(cuda, str):
         return cuda
@@ -72,7 +72,7 @@ def choose_gpu(torch: Torch, site_packages: list[Path]) -> Gpu | str:
 
 
 def site_torch_folders() -> list[Path]:
-    """The package folders of the Python that runs this, which holds the site's torch."""
+    """Return the package folders of the running Python, which has the site's torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SetupError(f"LOCKSTEP_SITE_TORCH=1, but {sys.executable} has no torch", "load the site's torch module")
@@ -91,10 +91,10 @@ def read_torch(site_packages: list[Path]) -> Torch:
 
 
 def build(environment: Environment, cache: Path, steps: Steps) -> None:
-    """All steps, from whatever is there to an environment that is proven to work."""
+    """Run all steps, from any state of the folder to a tested environment."""
     pins = read_lock(ROOT / "env" / "requirements.lock")
     settings = environment.settings()
-    # Whoever repairs a job's environment may not have loaded what it was built with: the recorded choice stands.
+    # A repair uses the recorded choices: the modules of the first build may not be loaded now.
     use_site_torch = os.environ.get("LOCKSTEP_SITE_TORCH", settings.get("lockstep_site_torch", "0")) == "1"
     search_path = os.pathsep.join(filter(None, [os.environ["PATH"], settings.get("lockstep_mpi_bin")]))
 
@@ -122,12 +122,12 @@ def build(environment: Environment, cache: Path, steps: Steps) -> None:
         log = environment.log("environment")
         if not intact:
             environment.create(log)
-        environment.write_settings(settings, complete=False)  # from here on, until the last step, env/run waits
+        environment.write_settings(settings, complete=False)  # env/run calls setup until the last step completes it
         site_file = environment.site_packages / "lockstep-site-torch.pth"
         site_file.unlink(missing_ok=True)
         if outside:
             site_file.write_text("".join(f"{folder}\n" for folder in outside))
-        # `import lockstep` anywhere, in the forkserver of data workers too, which knows no other path.
+        # Makes `import lockstep` work anywhere, even in the forkserver of data workers, which has no other path.
         (environment.site_packages / "lockstep-clone.pth").write_text(f"{ROOT / 'app'}\n")
         write_command(environment.venv / "bin" / "lockstep")
         environment.install(environment.broken([pins["pip"]]), log)
@@ -167,13 +167,13 @@ def build(environment: Environment, cache: Path, steps: Steps) -> None:
 
 
 def write_command(path: Path) -> None:
-    """The command `lockstep`: by sh, since the path of a clone may hold a blank, which the line `#!` cannot."""
+    """Write the command `lockstep`, a script of sh: the path of Python may contain a blank, which `#!` cannot."""
     path.write_text('#!/bin/sh\nexec "${0%/*}/python" -P -m lockstep "$@"\n')
     path.chmod(0o755)
 
 
 def run_time_folders(mpi: MPI, venv: Path) -> list[str]:
-    """Where the site's libraries are found at run time: MPI's own, and what its modules have put there by now."""
+    """Return the site's library folders for run time: those of its MPI, and LD_LIBRARY_PATH of the loaded modules."""
     folders = [*mpi.lib_dirs, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     ours_or_standard = (str(venv), "/usr/lib", "/lib")
     return list(dict.fromkeys(folder for folder in folders if folder and not folder.startswith(ours_or_standard)))
@@ -186,9 +186,9 @@ def is_installed(environment: Environment, recipe: Recipe) -> bool:
 def install_packages(
     environment: Environment, wanted: list[Pin], torch: Pin, use_site_torch: bool, steps: Steps
 ) -> None:
-    """Everything that comes as a wheel, torch above all."""
+    """Install all packages that the index has as wheels, such as torch."""
     missing = environment.broken(wanted)
-    title = f"{len(wanted)} packages beside the site's torch"
+    title = f"{len(wanted)} packages for the site's torch"
     if not use_site_torch:
         title = f"torch {torch.version} and {len(wanted) - 1} other packages"
     if any(pin.name == "torch" for pin in missing):
@@ -200,7 +200,7 @@ def install_packages(
 def install_horovod(
     environment: Environment, cache: Path, pin: Pin, tools: Toolchain, torch: Torch, gpu: Gpu | str, steps: Steps
 ) -> None:
-    """Compile Horovod, or take it from the cache."""
+    """Install Horovod, compiled now or from the cache."""
     operations = f"no NCCL operations ({gpu})"
     if isinstance(gpu, Gpu):
         operations = f"NCCL {gpu.nccl.version}, CUDA {dotted(gpu.cuda.version)}"
@@ -215,11 +215,11 @@ def install_horovod(
 
 
 def prove(environment: Environment, tools: Toolchain, steps: Steps) -> None:
-    """Import everything once, then let two ranks agree on a sum."""
+    """Test the environment: import all modules, then let two ranks compute a sum."""
     log = environment.log("proof")
-    variables = environment.variables() | {"PYTHONDONTWRITEBYTECODE": ""}  # this run writes the bytecode
+    variables = environment.variables() | {"PYTHONDONTWRITEBYTECODE": ""}  # these imports write the bytecode
     activate: list[str | Path] = ["bash", "-c", 'source "$0" && exec "$@"', ROOT / "env" / "activate"]
-    with steps.step("proof: every import, then two ranks that agree on a sum"):
+    with steps.step("test: import all modules, then a sum over two ranks"):
         variables["LOCKSTEP_VENV"] = str(environment.venv)
         run_logged([*activate, "python", "-m", "env.prove", "1"], log, variables)
         try:
@@ -233,9 +233,9 @@ def prove(environment: Environment, tools: Toolchain, steps: Steps) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when the environment is ready, 1 when a step failed, 2 for wrong usage."""
+    """Return exit code 0 if the environment is ready, 1 if a step failed, 2 for wrong usage."""
     if arguments:
-        say("usage: env/setup\nBuilds or repairs the environment; docs/modules.md names the variables that it reads.")
+        say("usage: env/setup\nBuilds or repairs the environment; docs/modules.md lists its environment variables.")
         return 0 if arguments in (["-h"], ["--help"]) else 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda signum, _: sys.exit(128 + signum))
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
         steps.report(error)
         return 1
     except KeyboardInterrupt:
-        say("\ninterrupted; env/setup goes on from here")
+        say("\ninterrupted; the next env/setup continues from here")
         return 130
     except Exception as error:
         steps.report(unexpected(error, venv / "logs"))

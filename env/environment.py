@@ -1,4 +1,4 @@
-"""The virtual environment: made, inspected, repaired. What is complete is found by looking, not by remembering."""
+"""Create, inspect and repair the virtual environment. Its state is always read from the files themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from env.lockfile import Pin, normalise
 from env.steps import run_logged, say
 
-# Settings of the user's that would bend a build or an installation into another place or another kind.
+# The user's variables that would redirect or change a build or an installation.
 UNWANTED = (
     "PYTHONHOME",
     "PYTHONPATH",
@@ -32,14 +32,14 @@ UNWANTED = (
 
 
 def fingerprint(root: Path) -> str:
-    """Digest of what decides how an environment is built. `env/run` computes the same from bash."""
+    """Compute the digest of all files that determine an environment. `env/run` computes the same in bash."""
     files = [root / "env" / "requirements.lock", *sorted((root / "env").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One virtual environment that belongs to one clone."""
+    """The virtual environment of one clone."""
 
     root: Path
     venv: Path
@@ -54,14 +54,14 @@ class Environment:
 
     @property
     def settings_file(self) -> Path:
-        """Shell assignments: what `activate` needs to know, and the stamp that `env/run` compares."""
+        """The file of shell assignments for `activate`, with the stamp that `env/run` compares."""
         return self.venv / "lockstep.sh"
 
     def log(self, step: str) -> Path:
         return self.venv / "logs" / f"{step}.log"
 
     def variables(self) -> dict[str, str]:
-        """Environment variables for commands that build or install."""
+        """Return the environment variables for commands that build or install."""
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -73,7 +73,7 @@ class Environment:
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Only one call builds at a time. Yields whether this one had to wait for another."""
+        """Lock the environment against other calls. Yields whether this call had to wait for another."""
         self.venv.mkdir(parents=True, exist_ok=True)
         waited = False
         with (self.venv / "setup.lock").open("a") as handle:
@@ -81,7 +81,7 @@ class Environment:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 waited = True
-                say(f"another env/setup is at work on {self.venv}: waiting for it")
+                say(f"waiting for another env/setup that works on {self.venv}")
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError:  # some parallel file systems have no locks
                 say(f"warning: {self.venv} is on a file system without locks: do not call env/setup twice at once")
@@ -117,7 +117,7 @@ class Environment:
         new.replace(self.settings_file)
 
     def was_moved(self) -> bool:
-        """Built for another Python version or in another folder: its scripts name a place that is not here."""
+        """Whether it was built for another Python version or in another folder, which its scripts name."""
         recorded = Path(self.settings().get("lockstep_packages", self.site_packages))
         same = recorded == self.site_packages or (
             recorded.is_dir() and self.site_packages.is_dir() and recorded.samefile(self.site_packages)
@@ -128,11 +128,11 @@ class Environment:
         return os.access(self.python, os.X_OK) and self.site_packages.is_dir() and not self.was_moved()
 
     def create(self, log: Path) -> None:
-        """Make the virtual environment, or mend one that lost its Python."""
+        """Create the virtual environment, or repair one that lost its Python."""
         if self.was_moved():
             for folder in ("bin", "lib", "include", "share", "etc"):
                 shutil.rmtree(self.venv / folder, ignore_errors=True)
-        # From a base Python: one that is itself in an environment would make ours depend on that one.
+        # Use the base Python: one in a virtual environment would make this one depend on it.
         run_logged([sys._base_executable, "-m", "venv", self.venv], log, self.variables())  # type: ignore[attr-defined]
 
     def installed(self) -> dict[str, Distribution]:
@@ -140,7 +140,7 @@ class Environment:
         return {normalise(dist.metadata["Name"] or ""): dist for dist in found}
 
     def broken(self, pins: Iterable[Pin]) -> list[Pin]:
-        """The pins that are not installed in the pinned version with every file in place."""
+        """Return the pins that are not installed in the pinned version with all files."""
         installed = self.installed()
 
         def is_right(pin: Pin) -> bool:
@@ -154,7 +154,7 @@ class Environment:
         run_logged(command, log, env or self.variables())
 
     def install(self, pins: Iterable[Pin], log: Path) -> None:
-        """Install pins at their hashes. Bytecode is not compiled here: the last step writes what is really imported."""
+        """Install pins, checked by hash. Bytecode is not compiled: the last step writes it for the imported modules."""
         pins = list(pins)
         if not pins:
             return
@@ -169,12 +169,12 @@ class Environment:
                  "--progress-bar", "off", "-r", requirements, log=log)  # fmt: skip
 
     def forget(self, dist: Distribution) -> None:
-        """Delete a package's metadata, which pip refuses to uninstall without its RECORD."""
+        """Delete a package's metadata; without its RECORD pip refuses to uninstall it."""
         for folder in self.site_packages.glob(f"{dist.metadata['Name'] or '?'}-*.dist-info".replace("-", "[-_]", 1)):
             shutil.rmtree(folder, ignore_errors=True)
 
     def has_wheel(self, name: str, label: str) -> bool:
-        """Whether the wheel from the cache folder `label` is installed, and whole: pip notes where it came from."""
+        """Whether the wheel from the cache folder `label` is installed with all files; pip records its origin."""
         dist = self.installed().get(name)
         if dist is None or not is_whole(dist):
             return False
@@ -182,7 +182,7 @@ class Environment:
         return label in str(came_from).split("/")
 
     def install_wheel(self, name: str, wheel: Path, log: Path) -> None:
-        """Install a wheel that was built here, over whatever is there."""
+        """Install a wheel that was built here, over any installed version."""
         dist = self.installed().get(name)
         if dist is not None and dist.read_text("RECORD") is None:
             self.forget(dist)
@@ -190,7 +190,7 @@ class Environment:
 
 
 def is_whole(dist: Distribution) -> bool:
-    """Whether every file that pip installed is there with its size."""
+    """Whether all files of a package exist with their recorded sizes."""
     record = dist.read_text("RECORD")
     if not record:
         return False

@@ -1,17 +1,17 @@
-"""What Lockstep changes in what Horovod's launchers listen with: they ask who is there, and only then look at the rest.
+"""Changes to the servers of Horovod's launchers: they authenticate each request before they read it.
 
-Every request has the secret of the job (env/horovod_secrets.py) in its header. Nothing is unpickled by a server that a
-stranger can reach, no file is given, and it listens on one address where one is enough.
+Every request has the secret of the job (env/horovod_secrets.py) in its header. Servers that other users can reach
+unpickle nothing and serve no files, and they listen on one address where that is enough.
 """
 
 from __future__ import annotations
 
 from env.horovod_secrets import JOB_SECRET, Change
 
-_ASK = "the key-value server asked nobody who they are, and gave files of its working folder to all"
+_ASK = "the key-value server had no authentication, and served files of its working folder to everyone"
 _PICKLE = "the key-value server unpickled what was sent to it"
-_LISTEN = "launchers listened on all addresses, where one is enough"
-_CACHE = "what was found about hosts an hour ago was unpickled from a file; it is found anew"
+_LISTEN = "launchers listened on all addresses, although one is enough"
+_CACHE = "results of host checks were cached for an hour in a pickle file; hosts are now checked each time"
 _WIRE = "horovod/runner/common/util/network.py"
 _LAUNCH = "horovod/runner/launch.py"
 _PORTS = "horovod/runner/util/network.py"
@@ -43,7 +43,7 @@ _CHECK = """class KVStoreHandler(BaseHTTPRequestHandler):
 
 
 def listeners() -> list[Change]:
-    """The changes, after those of `secrets`."""
+    """Return the changes, to be applied after those of `secrets`."""
     return [
         (_SERVER, "import HTTPServer, SimpleHTTPRequestHandler\n", "import BaseHTTPRequestHandler, HTTPServer\n", _ASK),
         (
@@ -111,7 +111,7 @@ def listeners() -> list[Change]:
             "                secret_key = bytes.fromhex(secret_key)\n",
             _PICKLE,
         ),
-        # -- where they listen
+        # -- listening addresses
         (_PORTS, "def find_port(server_factory):\n", "def find_port(server_factory, address='127.0.0.1'):\n", _LISTEN),
         (_PORTS, "            addr = ('', port)\n", "            addr = (address, port)\n", _LISTEN),
         (
@@ -153,6 +153,6 @@ def listeners() -> list[Change]:
             _LISTEN,
         ),
         (_WORKER, "(secret_key, nic, self)\n", "(secret_key, nic and [nic], self)\n", _LISTEN),
-        # -- what is unpickled from disk
+        # -- unpickling from disk
         (_LAUNCH, "    if not args.disable_cache:\n", "    if False:\n", _CACHE),
     ]

@@ -1,7 +1,7 @@
-"""Every change that Lockstep makes to the source of Horovod 0.28.1 (2023), the last release, and why.
+"""All changes of Lockstep to the source of Horovod 0.28.1 (2023), the last release, with their reasons.
 
-A patch names the text that it replaces. If that text is not there exactly once, the patch fails: a silent miss would
-show hours later, as a compiler error or as a launcher that hangs.
+A patch fails unless the text that it replaces occurs exactly once: otherwise the failure would only show later, as a
+compiler error or a launcher that hangs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ HOROVOD_VERSION = "0.28.1"
 
 
 class PatchError(Exception):
-    """The source is not the one that the patch was written for."""
+    """Raised if the source differs from the one that the patch was written for."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Replace `old`, which stands exactly once in `file`, by `new`."""
+    """Replaces `old`, which must occur exactly once in `file`, by `new`."""
 
     file: str
     old: str
@@ -36,13 +36,13 @@ class Patch:
 
 
 def patches_for(cxx_standard: int) -> list[Patch]:
-    """The patches, with the C++ standard that the headers of the torch at hand need."""
+    """Return all patches, with the C++ standard that torch's headers need."""
     standard = "the headers of current PyTorch need C++17 or C++20, Horovod asks for C++14"
     two_dashes = "Open MPI 5 rejects long options with one dash; versions 4 and 5 both take two"
     distutils = "Python 3.12 has no distutils"
     mpi_run, gloo_run = "horovod/runner/mpi_run.py", "horovod/runner/gloo_run.py"
     elastic_driver, registration = "horovod/runner/elastic/driver.py", "horovod/runner/elastic/registration.py"
-    respawn = "elastic: a failed worker is started again if others of its host live on; they are not ended with it"
+    respawn = "elastic: a failed worker is restarted if others of its host are alive; they are not ended with it"
     return [
         # -- compiling
         Patch("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {cxx_standard})", standard),
@@ -71,7 +71,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)',
             'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
             'if(NOT DEFINED ENV{HOROVOD_GPU_OPERATIONS})\n    set(Pytorch_CUDA "FALSE")\nendif()',
-            "a CPU build must stay one beside a CUDA toolkit that does not fit torch's",
+            "a CPU build must stay one if there is a CUDA toolkit that does not fit torch's",
         ),
         Patch(
             "setup.py",
@@ -123,7 +123,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             mpi_run,
             "'--allow-run-as-root --tag-output'",
             "'--allow-run-as-root'",
-            "lines read under horovodrun as under mpirun: one rank speaks, so a tag on each says nothing",
+            "output without a tag on each line, as under mpirun, since only one rank prints",
         ),
         Patch(mpi_run, "f'-mca plm_rsh_args", "f'--mca plm_rsh_args", two_dashes),
         Patch(mpi_run, "'-mca btl_tcp_if_include", "'--mca btl_tcp_if_include", two_dashes),
@@ -133,7 +133,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             mpi_run,
             "['/bin/sh', '-c', mpirun_command]",
             "['/bin/sh', '-c', 'exec ' + mpirun_command]",
-            "a signal to horovodrun reaches mpirun, not a shell that dies of it and leaves the ranks running",
+            "a signal to horovodrun reaches mpirun; before, it killed a shell and left the ranks running",
         ),
         Patch(
             gloo_run,
@@ -158,7 +158,7 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            exit_code, timestamp = value\n"
             "            if exit_code != 0 and not settings.run_func_mode:\n"
             "                sys.exit(exit_code)\n",
-            "elastic: the same exit code, also of workers that are counted no longer, and no traceback",
+            "elastic: the same exit code, even of workers that are no longer counted, and no traceback",
         ),
         Patch(
             elastic_driver,
@@ -213,15 +213,15 @@ def patches_for(cxx_standard: int) -> list[Patch]:
             "            with self._rendezvous._httpd.cache_lock:\n"
             "                self._rendezvous._httpd.cache.setdefault('lockstep', {})['again'] = b'yes'\n"
             "            rendezvous_id = self._worker_registry.record_failure(",
-            "elastic: those who wait for a new worker hear at once that it has died (app/lockstep/comm/rendezvous.py)",
+            "elastic: workers that wait for a new one are told at once if it dies (app/lockstep/comm/rendezvous.py)",
         ),
-        # -- strangers
+        # -- protection from other users
         *(Patch(*change) for change in (*secrets(), *listeners())),
     ]
 
 
 def patch_horovod(source: Path, cxx_standard: int) -> None:
-    """Patch an unpacked Horovod source tree in place. Raises `PatchError` if it is not the tree we know."""
+    """Patch an unpacked Horovod source tree in place. Raises `PatchError` if it differs from the expected one."""
     for patch in patches_for(cxx_standard):
         path = source / patch.file
         if not path.is_file():

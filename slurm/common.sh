@@ -1,7 +1,7 @@
-# What the scripts of this folder share; each of them sources it, in the job, with `root` set to the clone.
+# Common functions of the scripts in this folder. Each script sources it in its job, with `root` set to the clone.
 # shellcheck shell=bash
 
-SECONDS_TO_TRY=120 # a launcher that has not brought the ranks together by then does not work here
+SECONDS_TO_TRY=120 # a launcher that has not connected the ranks by then does not work here
 
 say() { echo "slurm: $*"; }
 
@@ -10,43 +10,43 @@ give_up() {
     exit 2
 }
 
-[[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is no Slurm job: sbatch slurm/${0##*/}"
+[[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is not a Slurm job: sbatch slurm/${0##*/}"
 root=$(CDPATH='' cd -- "$root" && pwd)
 source "$root/env/activate" || exit 2
-# Whoever reads the log and pastes a command from it has no environment in their shell.
+# Commands in the log begin with env/run, since the shell that they are pasted into has no environment.
 export LOCKSTEP_PREFIX=$root/env/run
 [[ ! $root -ef . ]] || LOCKSTEP_PREFIX=env/run
 
-# This job alone. The last task of an array has the array's own SLURM_JOB_ID, which means all of its tasks to scontrol.
+# The id of this task. The last task of an array has the array's SLURM_JOB_ID, by which scontrol means all of its tasks.
 job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-# A job that says nothing of tasks has one on each node, whatever starts them.
+# Without a number of tasks, start one on each node, with every launcher.
 if [[ -z ${SLURM_NTASKS:-} ]]; then
     export SLURM_NTASKS=$SLURM_JOB_NUM_NODES SLURM_NPROCS=$SLURM_JOB_NUM_NODES SLURM_NTASKS_PER_NODE=1
     export SLURM_TASKS_PER_NODE="1(x$SLURM_JOB_NUM_NODES)"
 fi
-tasks_here=${SLURM_TASKS_PER_NODE%%[(,]*} # of `2(x3),1`, on the first node, where this runs
+tasks_here=${SLURM_TASKS_PER_NODE%%[(,]*} # tasks on the first node, where this script runs: 2 in `2(x3),1`
 ((${SLURM_GPUS_ON_NODE:-0} <= tasks_here)) ||
     say "warning: $SLURM_GPUS_ON_NODE GPUs on this node and $tasks_here task(s), each of which uses one:" \
         "sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE ..."
-# What srun, or mpirun, would not do by itself; a value that the user has set is left alone.
-[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || # not inherited since Slurm 22.05
+# Defaults that srun and mpirun lack; values that the user has set are kept.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || # srun does not inherit it since Slurm 22.05
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
-export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-1} # one rank that is lost ends all
-export SLURM_EXPORT_ENV=ALL SRUN_EXPORT_ENV=ALL      # after `sbatch --export=NONE`, too
+export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-1} # end all ranks if one is lost
+export SLURM_EXPORT_ENV=ALL SRUN_EXPORT_ENV=ALL      # even after `sbatch --export=NONE`
 export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none} # Lockstep binds the ranks
 export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}       # the same, Open MPI 4
 
-# When Slurm will end the job, in seconds since the epoch: newer versions say it themselves.
-unset LOCKSTEP_JOB_END_TIME # of a job that has submitted this one
+# The end time of the job, in seconds since the epoch, for Slurm versions that do not export it.
+unset LOCKSTEP_JOB_END_TIME # it may come from a job that has submitted this one
 end_time=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$job" --format=%e 2>/dev/null) || end_time=''
 [[ ! $end_time =~ ^[0-9]+$ ]] || export LOCKSTEP_JOB_END_TIME=$end_time
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 
-# Set `launcher` to the first way to start ranks that makes them one job here, and say which. What `srun --mpi=list`
-# names may fail, or start so many jobs of one rank: each is tried, with a program of a second.
+# Set `launcher` to the first launcher whose ranks form one job, and print it. A plugin of `srun --mpi=list` may fail, or
+# start separate jobs of one rank, so each launcher is tried with a short program.
 choose_launcher() {
     local what="$SLURM_NTASKS rank(s) on $SLURM_JOB_NUM_NODES node(s)"
     if [[ -n ${LOCKSTEP_LAUNCHER:-} ]]; then
@@ -57,7 +57,7 @@ choose_launcher() {
     local mpi offered candidate candidates=('srun --mpi=pmix' 'srun --mpi=pmi2' "mpirun -np $SLURM_NTASKS") refusals=''
     mpi=$(source "$VIRTUAL_ENV/lockstep.sh" && echo "$lockstep_mpi")
     [[ $mpi == 'Open MPI'* ]] || candidates=('srun --mpi=pmi2' 'srun --mpi=pmix' "mpirun -np $SLURM_NTASKS")
-    [[ $SLURM_NTASKS != 1 ]] || candidates+=(env) # no launcher at all: `env python ...`
+    [[ $SLURM_NTASKS != 1 ]] || candidates+=(env) # without a launcher: `env python ...`
     offered=$(srun --mpi=list 2>&1) || offered=''
     for candidate in "${candidates[@]}"; do
         read -ra launcher <<<"$candidate"
@@ -74,7 +74,7 @@ choose_launcher() {
         'Name one that does: LOCKSTEP_LAUNCHER="srun --mpi=..." sbatch ...'
 }
 
-# True if `launcher` makes one job of all ranks; else `why_not` says why.
+# Succeeds if all ranks of `launcher` form one job; else sets `why_not` to the reason.
 try_launcher() {
     local output code=0 sizes
     output=$(timeout --kill-after=10 "$SECONDS_TO_TRY" "${launcher[@]}" python -c '
@@ -95,22 +95,22 @@ if MPI.COMM_WORLD.rank == 0:
 
 # -- the ranks ---------------------------------------------------------------------------------------------------------
 
-# Run `lockstep "$@"` on every rank and set `code` to the program's exit code. USR1 or TERM, to this script, asks the
-# ranks to stop: by USR1, since mpirun answers TERM by killing them.
+# Run `lockstep "$@"` on every rank and set `code` to its exit code. On USR1 or TERM this script sends USR1 to the ranks,
+# which asks them to stop; on TERM mpirun would kill them.
 run_ranks() {
     local process='' asked='' interrupted
     trap ask_to_stop USR1 TERM
     choose_launcher
-    # Until the program listens, USR1 is ignored: one that comes while it starts would kill it.
+    # USR1 is ignored until the program handles it: during its start the signal would kill it.
     "${launcher[@]}" bash -c 'trap "" USR1; exec lockstep "$@"' lockstep "$@" &
     process=$!
     [[ $asked != early ]] || ask_to_stop
     while :; do
         interrupted='' code=0
         wait "$process" || code=$?
-        [[ -n $interrupted ]] || break # else the code may be that of `wait` itself
+        [[ -n $interrupted ]] || break # after a signal, `wait` returns before the process ends
     done
-    trap '' USR1 TERM # what is left takes a moment; a requeue sends TERM before it is over
+    trap '' USR1 TERM # the rest is short, and a requeue sends TERM before it is done
 }
 
 ask_to_stop() {
@@ -124,7 +124,7 @@ ask_to_stop() {
     fi
 }
 
-# As above for a program that is no rank itself but starts jobs in turn, by its option --launcher.
+# Run a program that starts jobs itself, one after the other, by its option --launcher; set `code` as above.
 run_ranks_in_turn() {
     choose_launcher
     case ${launcher[0]-} in
@@ -135,7 +135,7 @@ run_ranks_in_turn() {
     lockstep "$1" "$2" --launcher "${launcher[*]}" "${@:3}" || code=$?
 }
 
-# Set `run_dir` to the last --run_dir among the arguments, or else to the first of them.
+# Set `run_dir` to the value of the last --run_dir in the arguments, or to the first argument if there is none.
 find_run_dir() {
     run_dir=$1
     shift
@@ -148,29 +148,29 @@ find_run_dir() {
     done
 }
 
-# The number of the newest checkpoint in `run_dir`, of 12 digits; nothing if there is none.
+# Print the 12-digit number of the newest checkpoint in `run_dir`, or nothing if there is none.
 newest_checkpoint() {
     local folder newest=''
     for folder in "$run_dir"/checkpoints/[0-9]*/; do
         folder=${folder%/}
-        [[ ! ${folder##*/} =~ ^[0-9]{12}$ ]] || newest=${folder##*/} # a pattern's matches are sorted
+        [[ ! ${folder##*/} =~ ^[0-9]{12}$ ]] || newest=${folder##*/} # matches of a pattern are sorted
     done
     echo "$newest"
 }
 
-# Train in a folder that is the same each time this job is started, and set `code`. If a stop, a stall or a lost rank
-# ended it, and it got further than the attempt before, the job goes back into the queue, to go on from there.
+# Train in a folder that is the same in each attempt of this job, and set `code`. If a stop, a stall or a lost rank ended
+# the run and there is a new checkpoint, requeue the job, to resume from it.
 train() {
     local before after default_run_dir=$1 go_on=()
     shift
     find_run_dir "${LOCKSTEP_RUN_DIR:-$default_run_dir}" "$@"
     before=$(newest_checkpoint)
-    [[ ! -d $run_dir ]] || go_on=(--resume) # what an attempt before has begun
+    [[ ! -d $run_dir ]] || go_on=(--resume) # an earlier attempt has started it
     run_ranks train "${go_on[@]}" --run_dir "$run_dir" "$@"
     [[ $code != 0 ]] || return 0
     after=$(newest_checkpoint)
     local ended="ended with exit code $code (docs/exit-codes.md)"
-    # A rank or a node that was lost ends the job with 128 + the signal, or with a code of the MPI's own.
+    # After the loss of a rank or a node the code is 128 + the signal, or one of the MPI library's own.
     if [[ $code =~ ^([1-6]|8|130)$ ]]; then
         say "$ended; not put back into the queue: it would end so again"
     elif [[ ! $after > $before ]]; then

@@ -1,7 +1,7 @@
-"""Every command of every page works: each block of shell, line by line, in a folder that is like a fresh clone.
+"""Every command of every page works: each shell block, line by line, in a folder like a fresh clone.
 
-Lines are run as they stand, with settings behind them that make them short; those that another test runs, and what is a
-site's own, are named below. A line that stands on several pages is run once.
+Lines are run with additional settings that make them short. Lines that another test runs, and those that depend on a
+site, are listed below. A line that is on several pages is run once.
 """
 
 import os
@@ -81,7 +81,7 @@ def _blocks(page: Path) -> Iterator[list[str]]:
 
 
 def _all_blocks() -> list[Block]:
-    """Without what is run elsewhere, and without a line's second appearance."""
+    """All blocks, without lines that are run elsewhere or a second time."""
     found, seen = [], set()
     for page in dict.fromkeys(PAGES):
         for number, lines in enumerate(_blocks(page)):
@@ -104,7 +104,7 @@ def _is_for_slurm(line: str) -> bool:
 
 
 def _shortened(line: str) -> str:
-    """The same command with less to do; later settings win over those before."""
+    """The same command with less work; later settings override earlier ones."""
     if "timeout --signal=USR1 20" in line:  # which ends with 124 by itself
         return line.replace("USR1 20", "USR1 12") + " || [ $? = 124 ]"
     line = line.replace("/scratch/me", ".")
@@ -123,7 +123,7 @@ def _less_to_learn(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What runs leave behind stays in here."""
+    """A copy of the clone, for the files of the runs."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("app", "env", "slurm", ".venv"):
         (folder / name).symlink_to(ROOT / name)
@@ -169,14 +169,14 @@ def _commands_of(page: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", [*PAGES[1:], ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_no_command_needs_a_shell_that_has_sourced_something(page: Path) -> None:
-    """Each brings its env/run, before the launcher; srun starts it on each rank, two_nodes.py in its nodes."""
+    """Each has env/run before the launcher; srun starts it on each rank, two_nodes.py on its nodes."""
     for command in _commands_of(page):
         assert re.search(r"env/run .*python|env/run (mpirun|horovodrun)", command), f"{page.name}: {command}"
         assert not re.search(r"^(mpirun|horovodrun) ", command.strip()), f"{page.name}: {command}"
 
 
 def test_every_command_has_its_test() -> None:
-    """Those that are said to be run elsewhere are; and the README opens with its two commands."""
+    """The tests named in RUN_ELSEWHERE exist, and the README begins with its two commands."""
     for reference in RUN_ELSEWHERE.values():
         file, _, name = reference.partition("::")
         assert any(f"def {name}(" in found.read_text() for found in (ROOT / "tests").rglob(file)), reference

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source."""
+"""Rules of the architecture, checked in the source."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The pages that are made from the code, and the settings themselves."""
+"""Generated pages, links on pages, and settings that the code uses."""
 
 import inspect
 import re

@@ -1,1 +1,1 @@
-"""Data sets, their division over the ranks, and batches with a position. Knows `shard_id`, never a rank."""
+"""Data sets, sharding and batch loaders. Code here knows a `shard_id` and `num_shards`, never a rank."""

@@ -1,7 +1,7 @@
-"""What is done to an image before a model learns from it: torchvision's transforms (v2).
+"""Image augmentation with torchvision's transforms (v2).
 
-What they draw is a function of (seed, epoch, sample): an image is changed in the same way on whichever rank it is, and
-after a resume.
+The random numbers of a transform depend on (seed, epoch, sample) alone, so an image is augmented in the same way on any
+rank and after a resume.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from torch import Tensor
 from lockstep.data.sharding import content_hash
 from lockstep.settings.data import Augmentation
 
-RESIZED = 256 / 224  # of an image's side, before its centre is cut out for an evaluation (Krizhevsky et al. 2012)
+RESIZED = 256 / 224  # resized side over cropped side, for the centre crop of an evaluation (Krizhevsky et al. 2012)
 
 
 def build_augmentation(kind: Augmentation, size: tuple[int, int]) -> Callable[[Any], Tensor] | None:
-    """An image of any size, which comes out with `size` (height, width)."""
+    """Build the augmentation of training images, from any size to `size` (height, width); None for `kind` none."""
     if kind == "none":
         return None
-    from torchvision.transforms import v2  # a second of import that only this needs
+    from torchvision.transforms import v2  # imported here: it takes a second
 
     padding = [max(1, side // 8) for side in size]
     transforms: list[Any] = {
@@ -37,7 +37,7 @@ def build_augmentation(kind: Augmentation, size: tuple[int, int]) -> Callable[[A
 
 
 def build_centre(size: tuple[int, int], enlarged: float) -> Callable[[Any], Tensor]:
-    """The middle of an image of any size, `enlarged` beyond `size`: for evaluations, and where nothing is drawn."""
+    """Build the transform without chance: resize to `enlarged` times `size` (height, width), then crop the centre."""
     from torchvision.transforms import v2
 
     resize = v2.Resize(round(max(size) * enlarged), antialias=True)
@@ -46,6 +46,6 @@ def build_centre(size: tuple[int, int], enlarged: float) -> Callable[[Any], Tens
 
 
 def augmented(transform: Callable[[Any], Tensor], image: Any, seed: tuple[int, ...]) -> Tensor:
-    """`image`, changed by what `seed` draws."""
+    """Apply a random `transform` to `image` with the random numbers of `seed`."""
     torch.default_generator.manual_seed(int(content_hash(seed)[:15], 16))
     return transform(image)

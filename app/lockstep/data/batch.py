@@ -1,4 +1,4 @@
-"""One rank's part of what an optimizer step learns from."""
+"""One rank's samples of an optimizer step."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples; a task adds what it needs to know of them, as tensors or arrays with a row for each.
+    """This rank's samples of a global batch. Tasks subclass it and add tensors or arrays with one row for each sample.
 
     Attributes:
-        inputs: (n, ...) of the model; n may be 0 where a ragged batch has fewer samples than ranks.
-        global_size: samples of all ranks.
+        inputs: (n, ...), the model's inputs; n may be 0 if a ragged last batch has fewer samples than there are ranks.
+        global_size: number of samples over all ranks.
     """
 
     inputs: Tensor
@@ -24,29 +24,29 @@ class Batch:
         return len(self.inputs)
 
     def take(self, rows: Tensor, global_size: int) -> Self:
-        """The samples in these `rows` (k,), where all ranks together take `global_size`."""
+        """Select the samples in `rows` (k,); all ranks together select `global_size`."""
         chosen: dict[str, Any] = {
             item.name: value[rows] for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)
         }
         return replace(self, **{**chosen, "global_size": global_size})
 
-    def split(self, num_pieces: int, allow_empty: bool = False) -> list[Self]:
-        """Up to `num_pieces` pieces of this rank's part, of nearly equal size; none is empty unless all of it is.
+    def split(self, num_parts: int, allow_empty: bool = False) -> list[Self]:
+        """Split this rank's samples into up to `num_parts` micro-batches of nearly equal size; only an empty batch
+        gives an empty one.
 
-        With `allow_empty` as many as asked for: the same number on every rank, where a piece is a collective.
+        With `allow_empty` exactly `num_parts`, some of which may be empty: for strategies whose forward pass is a
+        collective, which every rank must enter equally often.
         """
         if not allow_empty:
-            num_pieces = max(1, min(num_pieces, len(self)))
-        if num_pieces == 1:
+            num_parts = max(1, min(num_parts, len(self)))
+        if num_parts == 1:
             return [self]
         rows = {item.name: getattr(self, item.name) for item in fields(self)}
         cut: dict[str, Any] = {
-            name: torch.tensor_split(value, num_pieces)
+            name: torch.tensor_split(value, num_parts)
             if isinstance(value, Tensor)
-            else np.array_split(value, num_pieces)
+            else np.array_split(value, num_parts)
             for name, value in rows.items()
             if isinstance(value, Tensor | np.ndarray)
         }
-        return [
-            replace(self, **{name: of_pieces[piece] for name, of_pieces in cut.items()}) for piece in range(num_pieces)
-        ]
+        return [replace(self, **{name: values[part] for name, values in cut.items()}) for part in range(num_parts)]

@@ -1,4 +1,4 @@
-"""The data sets, by their names in the settings."""
+"""Load the data set that the settings name."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -18,22 +18,22 @@ from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.runtime.importing import find
 from lockstep.settings import DataSettings
 
-HELD_OUT = ("val", "test", "valid")  # folders of it, the first that is there
+HELD_OUT = ("val", "test", "valid")  # possible names of the held-out folder; the first that exists is used
 FOLDER_SIZE = 224
 
 
 def fetch(settings: DataSettings) -> None:
-    """What must be there before any rank loads. One rank calls this while the others wait.
+    """Download the data set if need be. One rank calls this while the others wait.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the download fails.
     """
     if settings.name in DOWNLOADS:
         download(settings.name, Path(settings.root))
 
 
 def load_images(settings: DataSettings, train: bool) -> LabelledImages:
-    """The images to learn from, or those that are held out.
+    """Load the training images, or with `train` False the held-out ones.
 
     Raises:
         DataError: they are missing or damaged.
@@ -53,7 +53,7 @@ def load_images(settings: DataSettings, train: bool) -> LabelledImages:
 
 
 def _prepared(images: ImageSet, settings: DataSettings, train: bool) -> ImageSet:
-    """In the size, with the augmentation and normalisation that `settings` ask for."""
+    """Apply the image size, augmentation and normalisation of `settings`."""
     pixels = images.images
     if settings.image_size is not None and images.shape[1:] != (settings.image_size, settings.image_size):
         from torchvision.transforms.v2.functional import resize
@@ -68,7 +68,7 @@ def _prepared(images: ImageSet, settings: DataSettings, train: bool) -> ImageSet
 def _normalisation(
     settings: DataSettings, mean: tuple[float, ...], std: tuple[float, ...], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Both for all channels at once, or both by channel."""
+    """Resolve mean and std to either one value for all channels or one value for each, both alike."""
     mean, std = tuple(settings.mean or mean), tuple(settings.std or std)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
@@ -79,7 +79,7 @@ def _normalisation(
 
 
 def _load_folder(settings: DataSettings, train: bool) -> ItemSet:
-    """`root`/train/<class>/... and `root`/val/<class>/...: ImageNet's layout, and that of torchvision's ImageFolder."""
+    """Load `root`/train/CLASS/... or `root`/val/CLASS/..., the layout of ImageNet and of torchvision's ImageFolder."""
     from torchvision.datasets import ImageFolder
 
     root = Path(settings.root)
@@ -91,16 +91,16 @@ def _load_folder(settings: DataSettings, train: bool) -> ItemSet:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{folder.absolute()} has no images ({error}): data.root, {settings.root}, must hold train/CLASS/*.jpg and "
-            f"{HELD_OUT[0]}/CLASS/*.jpg, with a folder for each class, and be seen by all nodes"
+            f"{HELD_OUT[0]}/CLASS/*.jpg, with a folder for each class, and must be visible to all nodes"
         ) from error
     if found.classes != classes:
         differ = sorted(set(found.classes) ^ set(classes))
-        raise DataError(f"{folder} and {root / 'train'} have other classes: {', '.join(differ[:5])} is in one only")
+        raise DataError(f"{folder} and {root / 'train'} have other classes: {', '.join(differ[:5])} in one only")
     return _items(settings, found, classes, 3, FOLDER_SIZE, train, partial(_path_in, found))
 
 
 def _load_own(settings: DataSettings, train: bool) -> ItemSet:
-    """What a user's own function or class gives for (root, train)."""
+    """Load a user's own data set by calling the named function or class with (root, train)."""
     make = find(settings.name, "data.name")
     try:
         samples = make(settings.root, train)

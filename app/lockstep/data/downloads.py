@@ -1,7 +1,7 @@
-"""Small data sets that torchvision downloads once: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100; held whole in memory.
+"""Small data sets that torchvision downloads once and that fit in memory: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100.
 
-CIFAR's files are pickles. torchvision looks whether their MD5 is the publisher's before it opens them once more to
-unpickle them: whoever owns them may change them in between, so that nothing but arrays is taken from them.
+CIFAR's files are pickles. torchvision checks their MD5, then opens them again to unpickle them. Their owner could
+change them between the two, so the unpickler here accepts nothing but arrays.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ DAMAGES = (
     KeyError,
     EOFError,
     pickle.UnpicklingError,
-)  # what torchvision raises over files that are not the set's
+)  # what torchvision raises for damaged files
 ARRAYS = {
     "numpy.ndarray",
     "numpy.dtype",
@@ -38,13 +38,13 @@ MNIST_FILES = tuple(
 
 @dataclass(frozen=True)
 class Download:
-    """One of them.
+    """A data set that torchvision can download.
 
     Attributes:
-        published: its name in torchvision.
-        folder: below the root, where its files are.
-        files: what is to be copied there by hand where there is no network.
-        mean, std: of its pixels, by channel; the reference's 0.5 for MNIST.
+        published: its class in torchvision.datasets.
+        folder: where its files lie, below `data.root`.
+        files: the files to copy there by hand if there is no network.
+        mean, std: of its pixels, by channel; for MNIST the 0.5 of the reference.
     """
 
     published: str
@@ -65,7 +65,7 @@ DOWNLOADS = {
 
 
 def download(name: str, root: Path) -> None:
-    """Fetch the data set into `root` unless it is there. One rank calls this while the others wait.
+    """Download the data set into `root` unless it is there. One rank calls this while the others wait.
 
     Raises:
         DataError: it cannot be fetched, or the folder cannot be written.
@@ -75,7 +75,7 @@ def download(name: str, root: Path) -> None:
     if known.files is MNIST_FILES and all((folder / file.removesuffix(".gz")).exists() for file in known.files):
         return
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its own progress bar and one complaint a mirror
+        with contextlib.redirect_stdout(io.StringIO()):  # hides the progress bar and failed mirrors
             _published(known)(str(root), download=True)
     except (OSError, RuntimeError, *DAMAGES) as error:
         raise DataError(
@@ -86,10 +86,10 @@ def download(name: str, root: Path) -> None:
 
 
 def load(name: str, root: Path, train: bool) -> ImageSet:
-    """Its training or its test images.
+    """Load the training or test images of a downloaded data set into memory.
 
     Raises:
-        DataError: they are not in `root` or damaged; on a cluster, `root` must be a folder that all nodes share.
+        DataError: the files in `root`, which all nodes must share, are missing or damaged.
     """
     known = DOWNLOADS[name]
     try:
@@ -106,16 +106,16 @@ def load(name: str, root: Path, train: bool) -> ImageSet:
 
 
 class _Arrays(pickle.Unpickler):
-    """Makes numbers, texts, lists and numpy's arrays of them, and imports nothing else."""
+    """An unpickler of numbers, strings, lists and NumPy arrays that refuses to import anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in ARRAYS:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which is nothing of CIFAR's")
+        raise pickle.UnpicklingError(f"it imports {module}.{name}, which CIFAR's files do not need")
 
 
 def _published(known: Download) -> Any:
-    from torchvision import datasets  # a second of import that only these data sets need
+    from torchvision import datasets  # imported here: it takes a second
 
     datasets.cifar.pickle = SimpleNamespace(load=lambda file, encoding: _Arrays(file, encoding=encoding).load())
     return getattr(datasets, known.published)

@@ -1,4 +1,4 @@
-"""A small data set of images, held whole as one tensor of bytes and normalised a batch at a time."""
+"""A data set of images in memory: one uint8 tensor, normalised batch by batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,51 +12,51 @@ from lockstep.data.sharding import Ids
 
 Transform = Callable[[Tensor], Tensor]
 Samples = tuple[Tensor, Tensor]
-"""Inputs (n, channels, height, width), normalised, and labels (n,) int64."""
+"""Normalised inputs (n, channels, height, width) and labels (n,) int64."""
 
 
 class LabelledImages(Protocol):
-    """Images with labels, wherever they are."""
+    """The interface of a labelled image data set, in memory or on disk."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image, as a model takes it."""
+        """(channels, height, width) of the model's input images."""
         ...
 
     @property
     def classes(self) -> Sequence[str]:
-        """The names of the labels 0, 1, ..."""
+        """The class names of the labels 0, 1, ..."""
         ...
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> "LabelledImages":
-        """As a set whose batches are there."""
+        """Return the data set with its batches on `device`."""
         ...
 
     def batches(self, ids: Iterable[Ids], dtype: torch.dtype, seed: tuple[int, ...] | None = None) -> Iterator[Samples]:
-        """The samples of each of `ids`, one after the other.
+        """Yield one batch of samples for each array in `ids`.
 
         Args:
-            seed: where they are augmented, of what is random in that, together with a sample's own id.
+            seed: of the augmentation, together with each sample's id; None for no augmentation.
         """
         ...
 
     def pictures(self, ids: Ids) -> Tensor:
-        """The samples `ids` (n,), as people look at them: (n, channels, height, width) uint8."""
+        """Return the samples `ids` (n,) for display, without normalisation: (n, channels, height, width) uint8."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images, all in memory.
+    """Labelled images in memory (see `LabelledImages`).
 
     Attributes:
         images: (N, channels, height, width) uint8.
         labels: (N,) int64 in 0 ... num_classes - 1.
         num_classes: the number of classes.
-        mean, std: by channel, or one for all: each pixel p in 0 ... 1 becomes (p - mean) / std.
-        transform: what augments one image (channels, height, width) of bytes.
+        mean, std: one value for each channel or one for all: a pixel p in 0 ... 1 becomes (p - mean) / std.
+        transform: augments one uint8 image (channels, height, width); None for no augmentation.
     """
 
     images: Tensor
@@ -82,11 +82,11 @@ class ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(self, ids: Iterable[Ids], dtype: torch.dtype, seed: tuple[int, ...] | None = None) -> Iterator[Samples]:
-        for of_batch in ids:
-            chosen = torch.from_numpy(of_batch).to(self.labels.device)
+        for batch_ids in ids:
+            chosen = torch.from_numpy(batch_ids).to(self.labels.device)
             pixels = self.images[chosen]
             if self.transform is not None and seed is not None:
-                rows = zip(pixels, of_batch.tolist(), strict=True)
+                rows = zip(pixels, batch_ids.tolist(), strict=True)
                 changed = [augmented(self.transform, image, (*seed, number)) for image, number in rows]
                 pixels = torch.stack(changed) if changed else pixels
             yield normalised(pixels, self.mean, self.std, dtype), self.labels[chosen]
@@ -96,7 +96,7 @@ class ImageSet:
 
 
 def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """`pixels` (n, channels, height, width) uint8 as numbers of `dtype`."""
+    """Scale uint8 `pixels` (n, channels, height, width) to 0 ... 1, normalise them, and return them as `dtype`."""
     numbers = pixels.to(dtype).div_(255)
     if len(mean) == 1:
         return numbers.sub_(mean[0]).div_(std[0])

@@ -1,7 +1,7 @@
-"""Images that are read one by one as they are needed: folders of files, or a data set of a user's own.
+"""Images that are read on demand: folders of files, or a user's own data set.
 
-They are read ahead by worker processes. Those are made by forkserver, never forked from a rank, whose MPI would not
-survive it, and know nothing of MPI.
+Worker processes read ahead. They are started by forkserver and never load MPI: a fork of a rank would copy the state of
+its MPI library, which does not survive that.
 """
 
 import multiprocessing
@@ -23,19 +23,19 @@ from lockstep.data.sharding import Ids
 from lockstep.runtime.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCHES_AHEAD = 4  # of each worker
+BATCHES_AHEAD = 4  # prefetched by each worker
 
 Key = tuple[int, tuple[int, ...] | None]
-"""Which sample, and the seed of how it is changed."""
+"""A sample's number and the seed of its augmentation."""
 
 
 class Items(Dataset[tuple[Tensor, int] | DataError]):
-    """The samples of a map-style data set, by key, as bytes of one size.
+    """The samples of a map-style data set as uint8 images of one size.
 
     Args:
-        samples: gives (a PIL image or a uint8 tensor (channels, height, width), its label) for 0 ... len - 1.
-        augment, centre: make an image of the one size of it, with and without chance.
-        describe: what to call a sample, for messages.
+        samples: maps 0 ... len - 1 to (a PIL image or a uint8 tensor (channels, height, width), its label).
+        augment, centre: transform an image to the common size, with and without random augmentation.
+        describe: names a sample in error messages.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Items(Dataset[tuple[Tensor, int] | DataError]):
         return len(self.samples)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | DataError:
-        """An error is given back, not raised: it has a long way to the rank."""
+        """Return the image and its label, or the error: a DataLoader would re-raise another one, with a traceback."""
         number, seed = key
         try:
             image, label = self.samples[number]
@@ -64,17 +64,17 @@ class Items(Dataset[tuple[Tensor, int] | DataError]):
             if seed is None or self._augment is None:
                 return self._centre(tensor), int(label)
             return augmented(self._augment, tensor, (*seed, number)), int(label)
-        except Exception as error:  # whatever a decoder or a user's data set raises
+        except Exception as error:  # a decoder or a user's data set may raise anything
             return DataError(f"{self._describe(number)} cannot be used ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
 class ItemSet:
-    """Labelled images (see `LabelledImages`), read as they are needed.
+    """Labelled images that are read on demand (see `LabelledImages`).
 
     Attributes:
-        num_workers: processes that read ahead; 0: the rank reads by itself.
-        mean, std: by channel.
+        num_workers: processes that read ahead; with 0 the rank reads its images itself.
+        mean, std: one value for each channel, or one for all.
     """
 
     items: Items
@@ -92,18 +92,19 @@ class ItemSet:
         return ItemSet(self.items, self.shape, self.classes, self.num_workers, self.mean, self.std, device)
 
     def batches(self, ids: Iterable[Ids], dtype: torch.dtype, seed: tuple[int, ...] | None = None) -> Iterator[Samples]:
-        """
+        """Yield one batch of samples for each array in `ids`.
+
         Raises:
-            DataError: a sample cannot be read; names it.
+            DataError: a sample cannot be read; the message names it.
         """
-        self._keys.set([(number, seed) for number in of_batch.tolist()] for of_batch in ids)
+        self._keys.set([(number, seed) for number in batch_ids.tolist()] for batch_ids in ids)
         with _without_main():
             try:
                 batches = iter(self._reader)
             except (AttributeError, TypeError, pickle.PicklingError) as error:
                 raise DataError(
-                    f"the data set cannot be handed to its workers ({error}): define it in a module, at the top, or "
-                    "read without workers: --data.num_workers 0"
+                    f"the data set cannot be pickled for its workers ({error}): define it at the top level of a "
+                    "module, or read without workers: --data.num_workers 0"
                 ) from error
         for batch in batches:
             images, labels = self._checked(batch)
@@ -119,7 +120,7 @@ class ItemSet:
 
     @cached_property
     def _reader(self) -> DataLoader[Any]:
-        """One for the whole run, so that its workers stay."""
+        """The one loader of the whole run, so that its worker processes persist."""
         several = self.num_workers > 0
         forkserver = multiprocessing.get_context("forkserver")
         forkserver.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # once, not in each worker
@@ -144,7 +145,7 @@ class ItemSet:
 
 
 class _Keys:
-    """The batches to come, for a reader that asks for them when it begins."""
+    """A batch sampler whose batches are set anew for each pass over the loader."""
 
     def __init__(self) -> None:
         self._batches: Iterable[list[Key]] = ()
@@ -158,7 +159,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Collate:
-    """Samples to a batch; the first of them that could not be read, in its place."""
+    """Stack samples to a batch, or return the first error among them instead."""
 
     shape: tuple[int, int, int]
 
@@ -174,7 +175,7 @@ class _Collate:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Workers that start inside do not import the running program, which would join the job as another rank."""
+    """Inside, worker processes start without importing the main program, which would join the job as a rank."""
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None), main.__spec__
     try:

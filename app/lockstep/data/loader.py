@@ -1,4 +1,4 @@
-"""Batches with a position: (epoch, consumed) says all that is needed to go on from there, on any number of shards."""
+"""A batch loader with a position: (epoch, consumed) is all it needs to resume, on any number of shards."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from lockstep.data.sharding import Ids, Sharding, data_shard, epoch_order
 
 @dataclass(frozen=True)
 class LabelledBatch(Batch):
-    """One shard's part of a global batch.
+    """One shard of a global batch.
 
     Attributes:
-        targets: (n,) int64.
-        ids: (n,) which samples of the data set these are.
-        index: the number of the global batch in its epoch.
-        partner_targets: (n,) int64 of the samples that these are mixed with.
-        share: of each sample in its mixture.
+        targets: (n,) int64 labels.
+        ids: (n,) numbers of the samples in the data set.
+        index: the number of the global batch in its epoch, from 0.
+        partner_targets: (n,) int64 labels of the mixup partners; None without mixup.
+        share: the weight of each sample in its mixture; its partner has 1 - share.
     """
 
     targets: Tensor
@@ -33,13 +33,13 @@ class LabelledBatch(Batch):
 
 
 class BatchLoader:
-    """Divides each *global* batch over the shards (reference, section 5.3), so that the order in which samples are
-    learned depends on (seed, epoch) alone and not on the number of shards. The last batch of an epoch may be ragged.
+    """Divides each *global* batch over the shards (reference, section 5.3), so that the order of the samples depends on
+    (seed, epoch) alone and not on the number of shards. The last batch of an epoch may be smaller.
 
     Attributes:
         batch_size: samples of one global batch.
-        epoch: the epoch that the next batch belongs to.
-        consumed: samples of that epoch that all shards together have been given.
+        epoch: the epoch of the next batch.
+        consumed: samples of that epoch that have been yielded, over all shards.
     """
 
     def __init__(
@@ -73,31 +73,32 @@ class BatchLoader:
         return -(-len(self._images) // self.batch_size)
 
     def position_after(self, num_batches: int) -> tuple[int, int]:
-        """(epoch, consumed) after so many global batches from the very beginning; after the last one of an epoch, still
-        in that epoch.
+        """Compute (epoch, consumed) after `num_batches` global batches since the start of the run.
+
+        After the last batch of an epoch it is still that epoch, with all of its samples consumed.
         """
         epoch, index = divmod(max(num_batches - 1, 0), self.updates_per_epoch)
         return epoch, min((index + 1) * self.batch_size, self.num_samples) if num_batches else 0
 
     def after_checkpoint(self) -> None:
-        """Nothing of it is outside of a checkpoint: the position is all that it needs."""
+        """Do nothing: the position, which the checkpoint holds, is all of the loader's state."""
 
     def rest_of_epoch(self) -> Iterator[LabelledBatch]:
-        """This shard's part of every global batch that is left of the epoch; then the position is the next epoch."""
+        """Yield this shard of every remaining global batch of the epoch, then move the position to the next epoch."""
         order = epoch_order(len(self._images), self._seed, self.epoch)
         first = self.consumed
-        on_their_way: deque[tuple[Ids, Ids, Ids]] = deque()
+        in_flight: deque[tuple[Ids, Ids, Ids]] = deque()
 
         def wanted() -> Iterator[Ids]:
             for start in range(first, len(order), self.batch_size):
-                whole = order[start : start + self.batch_size]
-                mine = data_shard(whole, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
-                fetched = with_partners(mine, whole) if self._mixup else mine
-                on_their_way.append((mine, whole, fetched))
+                global_ids = order[start : start + self.batch_size]
+                mine = data_shard(global_ids, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
+                fetched = with_partners(mine, global_ids) if self._mixup else mine
+                in_flight.append((mine, global_ids, fetched))
                 yield fetched
 
         for inputs, targets in self._images.batches(wanted(), self._dtype, (self._seed, self.epoch)):
-            ids, global_ids, fetched = on_their_way.popleft()
+            ids, global_ids, fetched = in_flight.popleft()
             index = self.consumed // self.batch_size
             self.consumed += len(global_ids)
             batch = LabelledBatch(inputs, len(global_ids), targets, ids, index)
@@ -105,7 +106,11 @@ class BatchLoader:
         self.epoch, self.consumed = self.epoch + 1, 0
 
     def _mixed(self, batch: LabelledBatch, global_ids: Ids, fetched: Ids) -> LabelledBatch:
-        """`batch`, of which the inputs and targets are those of the samples `fetched`, mixed (Zhang et al. 2018)."""
+        """Mix each sample of the shard with its partner (mixup, Zhang et al. 2018).
+
+        Args:
+            batch: its inputs and targets are those of the samples `fetched`: the shard's own, then missing partners.
+        """
         ids = batch.ids
         row_of = {number: row for row, number in enumerate(fetched.tolist())}
         partners = partners_of(ids, global_ids).tolist()
@@ -123,11 +128,11 @@ class BatchLoader:
 
 
 def partners_of(ids: Ids, global_ids: Ids) -> Ids:
-    """The sample after each of `ids` in the global batch, after the last one the first."""
+    """Return the mixup partner of each of `ids`: the next sample of the global batch, or the first after the last."""
     after = dict(zip(global_ids.tolist(), np.roll(global_ids, -1).tolist(), strict=True))
     return np.array([after[number] for number in ids.tolist()], dtype=global_ids.dtype)
 
 
 def with_partners(ids: Ids, global_ids: Ids) -> Ids:
-    """`ids`, and behind them those of their partners that are not among them."""
+    """Append to `ids` those of their mixup partners that are not among them."""
     return np.concatenate([ids, np.setdiff1d(partners_of(ids, global_ids), ids)])

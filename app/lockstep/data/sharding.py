@@ -1,6 +1,6 @@
-"""Data sharding (reference, section 4.1): who works on what. Pure functions; nothing here knows of ranks.
+"""Data sharding (reference, section 4.1) in pure functions of the shard's number.
 
-Every way of sharding gives shards that are disjoint, complete and balanced: their sizes differ by one at most.
+All kinds of sharding give disjoint, complete and balanced shards: their sizes differ by one at most.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Sequence[Any] | torch.Tensor | np.ndarray[Any, Any])
 def shard_data(data: S, num_shards: int) -> dict[str, S]:
     """Cut `data` into `num_shards` contiguous shards, keyed by the sha256 of their content (reference, section 4.1).
 
-    The key counts every element, type and shape of the shard, and its place, so that equal shards keep apart.
+    The key covers every element, type and shape of the shard, and its index, so that equal shards have different keys.
 
     Args:
         data: anything that has a length and can be sliced: a list, a tensor (N, ...), an array (N, ...).
@@ -35,13 +35,14 @@ def shard_data(data: S, num_shards: int) -> dict[str, S]:
 
 
 def content_hash(value: Any) -> str:
-    """The sha256 of the whole content of `value`, hexadecimal.
+    """Compute the sha256 of the whole content of `value`, as hexadecimal text.
 
-    Tensors and arrays count by data type, shape and bytes; sequences by type, length and elements; the rest by `repr`.
+    It covers data type, shape and bytes of tensors and arrays; type, length and elements of sequences; the `repr` of
+    anything else.
     """
     digest = hashlib.sha256()
-    for piece in _content(value):
-        digest.update(piece)
+    for part in _content(value):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -61,20 +62,20 @@ def _content(value: Any) -> Iterator[bytes | memoryview]:
 
 
 def shard_bounds(num_items: int, num_shards: int) -> list[int]:
-    """Where `num_items` are cut into `num_shards` parts: part i is [i * n // k, (i + 1) * n // k)."""
+    """Compute the bounds of `num_shards` shards of `num_items`: shard i is [i * n // k, (i + 1) * n // k)."""
     if num_shards < 1:
         raise ValueError(f"num_shards is {num_shards}: at least 1 is needed")
     return [index * num_items // num_shards for index in range(num_shards + 1)]
 
 
 def data_shard(ids: Ids, shard_id: int, num_shards: int, sharding: Sharding, seed: int = 0, epoch: int = 0) -> Ids:
-    """The ids of one data shard; all `num_shards` of them together hold each of `ids` once.
+    """Select the ids of one data shard; all `num_shards` shards together hold each of `ids` once.
 
     Args:
-        ids: (N,) integers that name samples.
+        ids: (N,) numbers of samples.
         shard_id: 0 ... num_shards - 1.
-        sharding: `contiguous` cuts `ids` as they stand; `random` after a permutation drawn from (seed, epoch); `hash`
-            after sorting by sha256 of (seed, epoch, id), so that the order in which `ids` came does not matter.
+        sharding: `contiguous` cuts `ids` in their given order; `random` after a permutation drawn from (seed, epoch);
+            `hash` after sorting by sha256 of (seed, epoch, id), which does not depend on the given order.
 
     Returns:
         (n,) integers, n = N // num_shards or one more.
@@ -91,7 +92,7 @@ def data_shard(ids: Ids, shard_id: int, num_shards: int, sharding: Sharding, see
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Ids:
-    """The order of all samples in an epoch: a permutation that depends on (seed, epoch) alone."""
+    """Draw the order of all samples in an epoch: a permutation that depends on (seed, epoch) alone."""
     order: Ids = np.random.default_rng((seed, epoch)).permutation(num_samples)
     return order
 

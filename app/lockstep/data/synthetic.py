@@ -1,4 +1,4 @@
-"""Images that need no file: one random pattern a class, with noise over it. For tests and for measuring speed."""
+"""Synthetic images for tests and speed measurements: a random pattern for each class, plus noise."""
 
 import torch
 
@@ -6,7 +6,7 @@ from lockstep.data.image_set import ImageSet
 
 
 def load_synthetic(num_samples: int, train: bool, num_classes: int = 10) -> ImageSet:
-    """(num_samples, 1, 28, 28) images; the training and the held-out images share their classes' patterns."""
+    """Generate (num_samples, 1, 28, 28) images; training and held-out images share the patterns of the classes."""
     patterns = torch.randint(0, 256, (num_classes, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1 if train else 2)
     labels = torch.randint(0, num_classes, (num_samples,), generator=generator)

@@ -1,1 +1,1 @@
-"""Networks. A model knows nothing of ranks or of how it is divided."""
+"""Networks, as ordered lists of named blocks. A model does not depend on ranks or on how it is sharded."""

@@ -1,5 +1,6 @@
-"""Distributions over actions, as pure functions of what a policy gives. Noise comes from outside, so that what is drawn
-is the same on any number of ranks.
+"""Action distributions as pure functions of a policy's outputs.
+
+The noise of a sample is an argument, so that the caller can draw the same actions on any number of ranks.
 """
 
 import math
@@ -15,10 +16,11 @@ from lockstep.runtime.errors import SettingsError
 
 
 class Actions(ABC):
-    """
+    """A distribution over actions, given by the outputs of a policy.
+
     Attributes:
-        num_actions: how many there are to choose from, or numbers in one.
-        num_outputs: numbers of a policy that stand for a distribution.
+        num_actions: number of discrete actions, or of components of a continuous one.
+        num_outputs: number of policy outputs that parametrise the distribution.
     """
 
     num_actions: int
@@ -26,27 +28,27 @@ class Actions(ABC):
 
     @abstractmethod
     def noise(self, generator: np.random.Generator, num_steps: int) -> NDArray[np.float64]:
-        """(num_steps, num_actions): what `sample` takes."""
+        """Draw the noise (num_steps, num_actions) for `sample`."""
 
     @abstractmethod
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """Actions (n, ...) from `outputs` (n, num_outputs) and `noise` (n, num_actions)."""
+        """Sample actions (n, ...) from `outputs` (n, num_outputs) and `noise` (n, num_actions)."""
 
     @abstractmethod
     def mode(self, outputs: Tensor) -> Tensor:
-        """The likeliest actions (n, ...)."""
+        """Return the most likely actions (n, ...)."""
 
     @abstractmethod
     def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `actions` (n, ...) under `outputs` (n, num_outputs): (n,) and (n,)."""
+        """Compute log-probability (n,) and entropy (n,) of `actions` (n, ...) under `outputs` (n, num_outputs)."""
 
     @abstractmethod
     def for_environments(self, actions: Tensor) -> NDArray[np.generic]:
-        """As environments take them."""
+        """Convert actions (n, ...) to the array that environments expect."""
 
 
 class Categorical(Actions):
-    """One of n."""
+    """A categorical distribution over n discrete actions."""
 
     def __init__(self, space: gym.spaces.Discrete) -> None:
         self.num_actions = self.num_outputs = int(space.n)
@@ -56,9 +58,7 @@ class Categorical(Actions):
         return generator.gumbel(size=(num_steps, self.num_actions))
 
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """The Gumbel-max trick (Maddison et al. 2014): the largest of logits plus Gumbel noise is distributed as they
-        say.
-        """
+        """Sample by the Gumbel-max trick (Maddison et al. 2014): the argmax of logits plus Gumbel noise."""
         return (outputs + noise).argmax(1)
 
     def mode(self, outputs: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Categorical(Actions):
 
 
 class Gaussian(Actions):
-    """Numbers, each by a normal distribution of its own; environments take them cut to their bounds, -1 ... 1."""
+    """Independent normal distributions over continuous actions, which are clipped to the bounds of the environment."""
 
     def __init__(self, space: gym.spaces.Box) -> None:
         self.num_actions = math.prod(space.shape)
@@ -106,9 +106,10 @@ class Gaussian(Actions):
 
 
 def build_actions(space: gym.Space) -> Actions:  # type: ignore[type-arg]
-    """
+    """Build the distribution for an action space.
+
     Raises:
-        SettingsError: there is no distribution for such actions.
+        SettingsError: the space is neither Discrete nor Box.
     """
     if isinstance(space, gym.spaces.Discrete):
         return Categorical(space)

@@ -1,4 +1,4 @@
-"""The network that a user names: the reference's, a vision transformer, any of torchvision's, or one of their own."""
+"""Build a classifier by name: the reference network, a vision transformer, torchvision's, or a user's own."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,17 +20,17 @@ Shape = tuple[int, int, int]
 
 
 class Colours(nn.Module):
-    """Grey images (N, 1, height, width) to the three channels that a network was made for, all alike."""
+    """Repeats the channel of grey images (N, 1, height, width) three times, for networks that expect RGB."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
 
 
 def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -> Blocks:
-    """The blocks of the network, in order; what comes out are log-probabilities (N, num_classes).
+    """Build the network block by block, in order; its outputs are log-probabilities (N, num_classes).
 
     Raises:
-        SettingsError: on every rank: there is no such network, or it does not take such images.
+        SettingsError: on every rank: the network is unknown, or does not fit images of `shape`.
     """
     try:
         if settings.name == "net":
@@ -52,8 +52,8 @@ def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -
 
 
 def _torchvision_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -> Blocks:
-    """Those of a ResNet one by one, so that it can be cut into stages; another network is one block."""
-    from torchvision import models  # a second of import that only these networks need
+    """Yield a ResNet block by block, so that a pipeline can cut it into stages; any other network as one block."""
+    from torchvision import models  # imported here: it takes a second
 
     names = models.list_models(module=models)
     if settings.name not in names:
@@ -62,7 +62,7 @@ def _torchvision_blocks(settings: ModelSettings, shape: Shape, num_classes: int)
             f"there is no such network: {near}, another of torchvision.models or your own, my_package.MyNet"
         )
     options: dict[str, Any] = {"weights": None, "num_classes": num_classes, **settings.options}
-    if settings.name in ("googlenet", "inception_v3"):  # which have several outputs, and a slow start
+    if settings.name in ("googlenet", "inception_v3"):  # without auxiliary outputs and their slow initialisation
         options |= {"aux_logits": False, "init_weights": False}
     network = models.get_model(settings.name, **options)
     if shape[0] == 1:

@@ -11,10 +11,10 @@ from lockstep.models.log_probabilities import LogProbabilities
 def net_blocks(
     dropout1: float = 0.25, dropout2: float = 0.5, shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of `Net`, in order; for images of another `shape` (channels, height, width), too.
+    """Build the blocks of `Net`, in order, for images of any `shape` (channels, height, width).
 
     Raises:
-        ValueError: the images are too small for it.
+        ValueError: the images are too small.
     """
     channels, height, width = shape
     if min(height, width) < 6:
@@ -37,8 +37,8 @@ class Net(nn.Sequential):
 
     Args:
         dropout1: probability of dropping a channel after the convolutions.
-        dropout2: probability of dropping a unit after the first linear layer. The reference names it `Dropout2d`, too,
-            which on (N, units) means what `Dropout` says; PyTorch has deprecated the former.
+        dropout2: probability of dropping a unit after the first linear layer. The reference uses `Dropout2d`
+            here too, which for inputs (N, units) is deprecated in PyTorch and does the same as `Dropout`.
     """
 
     def __init__(self, dropout1: float = 0.25, dropout2: float = 0.5) -> None:

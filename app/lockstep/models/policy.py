@@ -1,7 +1,7 @@
-"""Policies: observations in, the parameters of a distribution over actions and the state's value out.
+"""Policy networks, which map observations to the parameters of an action distribution and the value of the state.
 
-Initial weights are orthogonal (Saxe et al. 2014), those of the layer before the actions small, so that the first policy
-prefers none.
+Initial weights are orthogonal (Saxe et al. 2014), with a small gain in the last layer of the actor, so that the initial
+policy is close to uniform.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,15 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class Heads(nn.Module):
-    """Features (N, width) to (N, num_actions + 1): what the distribution of actions takes, and the value; or, if the
-    actions are `gaussian`, (N, 2 num_actions + 1): means, the logarithms of standard deviations, which are the same in
-    every state, and the value.
+    """The actor's and the critic's last layers.
+
+    They map features (N, width) to the logits of discrete actions and the value, (N, num_actions + 1); or, for
+    `gaussian` actions, to the means, the log standard deviations, which do not depend on the state, and the value,
+    (N, 2 num_actions + 1).
 
     Args:
-        actor, critic: layers of each alone, before the last.
-        width: of what they give.
+        actor, critic: layers of each before its last one.
+        width: number of features that these layers give.
     """
 
     def __init__(self, actor: nn.Module, critic: nn.Module, width: int, num_actions: int, gaussian: bool) -> None:
@@ -44,17 +46,17 @@ class Heads(nn.Module):
 
 
 class Pixels(nn.Module):
-    """Bytes 0 ... 255 to 0 ... 1."""
+    """Scales bytes from 0 ... 255 to 0 ... 1."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels / 255
 
 
 def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Actions) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the policy that a user names, for observations (n, *shape).
+    """Build the policy that the settings name block by block, in order, for observations (n, *shape).
 
     Raises:
-        SettingsError: on every rank: there is no such policy, or it does not take such observations.
+        SettingsError: on every rank: the policy is unknown, or does not fit such observations.
     """
     gaussian = isinstance(actions, Gaussian)
     try:
@@ -78,17 +80,17 @@ def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Action
 def mlp_blocks(
     shape: Sequence[int], num_actions: int, gaussian: bool, widths: Sequence[int]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Policy and value apart, each of layers of so many tanh units (Schulman et al. 2017, section 6.1)."""
+    """Build separate actor and critic networks of tanh layers of `widths` units (Schulman et al. 2017, section 6.1)."""
     yield "flatten", nn.Flatten()
     actor, critic = _layers(prod(shape), widths), _layers(prod(shape), widths)
     yield "heads", Heads(actor, critic, widths[-1], num_actions, gaussian)
 
 
 def nature_cnn_blocks(shape: Sequence[int], num_actions: int, gaussian: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The network of Mnih et al. 2015, with policy and value on top: for images (channels, height, width) of bytes.
+    """Build the network of Mnih et al. 2015 with actor and critic heads, for uint8 images (channels, height, width).
 
     Raises:
-        ValueError: there are no images, or they are too small for it.
+        ValueError: the observations are not images, or too small.
     """
     if len(shape) != 3:
         raise ValueError(f"it takes images, and observations are {tuple(shape)}: use mlp")

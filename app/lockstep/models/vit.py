@@ -1,4 +1,4 @@
-"""The vision transformer (Dosovitskiy et al. 2021, section 3.1): a model that can be made as large as one likes."""
+"""The vision transformer (Dosovitskiy et al. 2021, section 3.1): a model of any size."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ from lockstep.models.log_probabilities import LogProbabilities
 
 
 class Patches(nn.Module):
-    """Images (N, channels, size, size) to tokens (N, 1 + patches, width): a class token, then a token for each patch,
-    each with its learned position (equation 1)."""
+    """Maps images (N, channels, size, size) to tokens (N, 1 + patches, width): a class token, then one for each patch,
+    all with learned position embeddings (equation 1)."""
 
     def __init__(self, image_size: int, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class Patches(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.projection(images).flatten(2).transpose(1, 2)
-        # Not len(images), which a tracer takes for a constant.
+        # Not len(images), which tracing would turn into a constant.
         return torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
 
 
 class ClassToken(nn.Module):
-    """Tokens (N, tokens, width) to the normalised class token (N, width) (equation 4)."""
+    """Selects the class token of tokens (N, tokens, width) and normalises it, (N, width) (equation 4)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ def vit_blocks(
     channels: int = 1,
     num_classes: int = 10,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the network, in order: about 12 `depth` `width`^2 parameters.
+    """Build the network block by block, in order; it has about 12 `depth` `width`^2 parameters.
 
     Raises:
-        ValueError: the images cannot be cut into such patches.
+        ValueError: the image size is not a multiple of the patch size.
     """
     if image_size % patch_size:
-        raise ValueError(f"model.vit.patch_size is {patch_size}, and the images' side, {image_size}, is no multiple")
+        raise ValueError(f"model.vit.patch_size is {patch_size}: the images' side, {image_size}, must be a multiple")
     yield "patches", Patches(image_size, channels, patch_size, width)
     for index in range(depth):
         yield (

@@ -1,4 +1,4 @@
-"""Every setting, its default, its unit and its check. How they are read stands in reading.py."""
+"""All settings with their defaults, units and checks; reading.py reads them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,43 +36,43 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. With no settings: the reference network on the embedded digits, to 97 % or more."""
+    """The settings of one run. The defaults train the reference network on the included digits, to 97 % accuracy."""
 
     run_dir: str | None = None
-    """New folder for everything that the run leaves behind; by default runs/<date and time>."""
+    """New folder for all files of the run; by default runs/<date and time>."""
 
     task: Literal["classify", "ppo"] = "classify"
-    """What is learned: to tell classes apart; or to act, by proximal policy optimization (Schulman et al. 2017)."""
+    """classify: image classification; ppo: proximal policy optimization of an agent (Schulman et al. 2017)."""
 
     seed: int = 0
-    """The start of every random sequence: initial weights, order of samples, dropout."""
+    """Seed of all random numbers: initial weights, order of samples, dropout."""
 
     num_epochs: int = 12
-    """How often every sample is learned from; of ppo, see ppo.total_steps."""
+    """Passes over the training data; for ppo see ppo.total_steps."""
 
     precision: Literal["float32", "float64", "bf16"] = "float32"
-    """The data type of parameters and arithmetic; bf16: parameters in float32, and layers that gain by it in bfloat16
-    (torch.autocast)."""
+    """Data type of parameters and arithmetic; bf16: mixed precision, parameters in float32 and most layers computed in
+    bfloat16 (torch.autocast)."""
 
     log_interval: int = 100
     """Updates between two log lines; each costs one reduction over the ranks."""
 
     quiet: bool = False
-    """Print the result and what goes wrong, and nothing else."""
+    """Print only the result, warnings and errors."""
 
     loggers: str = "tensorboard"
-    """Where the curves go beside metrics.jsonl: of tensorboard, csv and mlflow those wanted, with commas between them;
-    none: nowhere else."""
+    """Outputs of the metrics in addition to metrics.jsonl: any of tensorboard, csv and mlflow, separated by commas; or
+    none."""
 
     profile: str | None = None
-    """The updates to record in detail, such as 20-24: a trace for Perfetto, and a table of where the time went."""
+    """Updates to profile, counted from 1, such as 20-24: writes a trace for Perfetto and prints a table of times."""
 
     evaluate_every: int | None = None
-    """Epochs between two evaluations, by default 1; of ppo, updates, by default 0; 0: only at the end."""
+    """Epochs between two evaluations, by default 1; for ppo updates, by default 0; 0: only at the end."""
 
     parallel: Literal["replicated", "zero1", "zero2", "zero3", "pipeline"] = "replicated"
-    """Where the model lives. replicated: whole, on every rank; zero1, zero2, zero3: the optimizer's state, and the
-    gradients, and the parameters in parts (Rajbhandari et al. 2020); pipeline: block by block, in stages."""
+    """How the model is divided over the ranks. replicated: every rank holds all of it; zero1: the optimizer state is
+    sharded; zero2: gradients too; zero3: parameters too (Rajbhandari et al. 2020); pipeline: blocks form stages."""
 
     env: EnvSettings = field(default_factory=EnvSettings)
     ppo: PpoSettings = field(default_factory=PpoSettings)
@@ -98,7 +98,7 @@ class Settings:
             not scaled or self.data.batch_size_per_rank is not None,
             "optimizer.scale_learning_rate",
             scaled,
-            "it goes with data.batch_size_per_rank, where the global batch grows with the number of ranks",
+            "it needs data.batch_size_per_rank, with which the global batch grows with the number of ranks",
         )
         parse_loggers(self.loggers)
         if self.profile is not None:
@@ -113,7 +113,7 @@ class Settings:
 
     @property
     def profiled_updates(self) -> range:
-        """Counted from 1."""
+        """The updates of `profile`, counted from 1; empty if it is not set."""
         return parse_updates(self.profile) if self.profile else range(0)
 
     def _check_parallel(self) -> None:
@@ -126,7 +126,7 @@ class Settings:
         )
         optimizer = self.optimizer.name
         whole = optimizer not in ("lars", "lamb") or not how.startswith("zero")
-        check(whole, "optimizer.name", optimizer, f"it takes the norms of whole layers, which {how} cuts in parts")
+        check(whole, "optimizer.name", optimizer, f"it takes the norms of whole layers, which {how} shards")
         for name, value, usual in (("reduction", gradient.reduction, "sum"), ("wire", gradient.wire, "full")):
             fits = value == usual or how == "replicated" or (how == "pipeline" and name == "wire")
             check(fits, f"gradient.{name}", value, f"it does not go with {how}")
@@ -139,9 +139,8 @@ class Settings:
 
     def _check_ppo(self) -> None:
         how, checks = self.parallel, self.checks
-        check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, with the whole model there")
-        check(
-            checks.non_finite == "stop", "checks.non_finite", checks.non_finite, "of ppo's many steps some may be done"
-        )
-        check(not checks.ledger, "checks.ledger", checks.ledger, "ppo has no data set of which it could keep account")
+        check(how in ("replicated", "zero1"), "parallel", how, "ppo acts on every rank, which needs the whole model")
+        fix = "ppo cannot skip an update, of which some optimizer steps may be done"
+        check(checks.non_finite == "stop", "checks.non_finite", checks.non_finite, fix)
+        check(not checks.ledger, "checks.ledger", checks.ledger, "ppo has no data set whose samples could be recorded")
         check(self.model.name != "net", "model.name", "net", "ppo needs a policy: mlp or nature_cnn")

@@ -1,4 +1,4 @@
-"""Where an agent acts, and how it learns from that: settings of `task: ppo`."""
+"""Settings of `task: ppo`: environments and the PPO algorithm."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,29 +9,29 @@ from lockstep.settings.check import check
 
 @dataclass(frozen=True)
 class EnvSettings:
-    """The environments that an agent acts in."""
+    """The environments of an agent."""
 
     id: str = "CartPole-v1"
-    """Of Gymnasium, ALE/... or of highway-env; my_package:MyEnv-v0 to import a package that registers it; or a class by
-    its name, my_package.MyEnv."""
+    """An id of Gymnasium, ALE/... or highway-env; my_package:MyEnv-v0, which imports the package that registers it; or
+    a class, my_package.MyEnv."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """What the environment is made with, beside its own defaults."""
+    """Further arguments for making the environment."""
 
     num_envs: int = 8
-    """Environments over all ranks, which are divided over them."""
+    """Number of environments over all ranks; at least one for each."""
 
     frame_stack: int = 1
-    """How many of the last observations the agent sees at once."""
+    """Number of last observations that are stacked as the policy's input."""
 
     sticky_actions: float = 0.0
-    """Of ALE: the probability that an action is the one before once more (Machado et al. 2018, section 5.2: 0.25)."""
+    """ALE: probability that the previous action is repeated instead (Machado et al. 2018, section 5.2: 0.25)."""
 
     num_evaluation_episodes: int = 100
-    """Seeded episodes of an evaluation, divided over the ranks."""
+    """Number of seeded episodes in an evaluation, divided over the ranks."""
 
     evaluation_actions: Literal["likeliest", "drawn"] = "likeliest"
-    """In an evaluation: the likeliest action each time; or one drawn, as in training, by the episode's seed."""
+    """Actions in an evaluation: the most likely ones, or drawn from the policy with the seed of the episode."""
 
     def __post_init__(self) -> None:
         check(self.num_envs >= 1, "env.num_envs", self.num_envs, "it must be at least 1")
@@ -47,44 +47,44 @@ class PpoSettings:
     """Proximal policy optimization, in the terms of Schulman et al. 2017."""
 
     total_steps: int = 100_000
-    """Steps of all environments together; as many updates are done as fit."""
+    """Environment steps of the run over all environments, rounded down to whole updates."""
 
     num_steps: int = 128
-    """T: steps of each environment in an update."""
+    """T: steps of each environment for one update."""
 
     num_epochs: int = 4
-    """K: how often an update goes over what was collected."""
+    """K: epochs over the collected steps in an update."""
 
     num_minibatches: int = 4
-    """Optimizer steps of each of those."""
+    """Minibatches, and so optimizer steps, of each of these epochs."""
 
     gamma: float = 0.99
-    """The discount of rewards."""
+    """Discount factor of rewards."""
 
     gae_lambda: float = 0.95
-    """Of the generalised advantage estimate (Schulman et al. 2016)."""
+    """Lambda of the generalised advantage estimate (Schulman et al. 2016)."""
 
     clip: float = 0.2
-    """Epsilon: how far the probability ratio may go before it gains no more."""
+    """Epsilon: the probability ratio is clipped to 1 - epsilon ... 1 + epsilon."""
 
     clip_rewards: bool = False
-    """Learn from the sign of rewards alone (Mnih et al. 2015)."""
+    """Replace rewards by their sign (Mnih et al. 2015)."""
 
     clip_value: float | None = None
-    """How far a value estimate may go from the one before the update before it gains no more; by default freely."""
+    """Clip the change of value estimates in an update to this; by default they are not clipped."""
 
     value_coefficient: float = 0.5
-    """c1: the weight of the value function's loss."""
+    """c1: weight of the value loss."""
 
     entropy_coefficient: float = 0.0
-    """c2: the weight of the entropy bonus."""
+    """c2: weight of the entropy bonus."""
 
     target_kl: float | None = None
-    """An update ends after the epoch in which the policy's divergence from what it was exceeds this, over all ranks."""
+    """End an update after the epoch in which the KL divergence from the old policy, over all ranks, exceeds this."""
 
     preemption_threshold: float | None = None
-    """The share of ranks which have collected their steps that makes the others stop collecting (Wijmans et al. 2020,
-    section 3: 0.6); by default all wait for the slowest. Then a run is not the same twice."""
+    """Share of the ranks that must have collected their steps for the others to stop collecting (Wijmans et al. 2020,
+    section 3: 0.6); by default all wait for the slowest. With it, two equal runs give different results."""
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "num_steps", "num_epochs", "num_minibatches"):

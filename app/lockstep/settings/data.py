@@ -1,4 +1,4 @@
-"""What is learned from."""
+"""Settings of the training data."""
 
 import math
 from dataclasses import dataclass
@@ -12,48 +12,48 @@ NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folde
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is learned from, and how it is divided over the ranks."""
+    """The training data and its division over the ranks."""
 
     name: str = "digits"
-    """digits: 5,000 real ones that need no network; mnist, fashion_mnist, cifar10, cifar100: downloaded once;
-    image_folder: train/CLASS/*.jpg and val/CLASS/*.jpg in root, as ImageNet; synthetic: for speed tests; or a data set
-    of your own by its name, my_package.my_data."""
+    """digits: 5,000 real digits, included; mnist, fashion_mnist, cifar10, cifar100: downloaded once; image_folder:
+    train/CLASS/*.jpg and val/CLASS/*.jpg in root, as ImageNet; synthetic: random images for speed tests; or the name of
+    a data set of your own, my_package.my_data."""
 
     root: str = "data"
     """Folder of the data; on a cluster, one that all nodes share."""
 
     image_size: int | None = None
-    """Side of the images as the model takes them; by default their own, of image_folder 224."""
+    """Side in pixels to which images are resized; by default they keep their own, for image_folder 224."""
 
     augmentation: Augmentation = "none"
-    """How images are changed before the model learns from them. shift: moved by up to an eighth; crop_flip: mirrored,
-    too, as is usual for CIFAR; resized_crop: a part of the image, mirrored, as is usual for ImageNet."""
+    """Augmentation of training images. shift: moved by up to an eighth of their side; crop_flip: also flipped left to
+    right, as is usual for CIFAR; resized_crop: a random part, flipped, as is usual for ImageNet."""
 
     mean: list[float] | None = None
-    """Subtracted from pixels 0 ... 1, by channel or one for all; by default what is usual for the data set."""
+    """Mean that is subtracted from pixels in 0 ... 1, one for each channel or one for all; by default the usual one."""
 
     std: list[float] | None = None
-    """What pixels are then divided by, by channel or one for all."""
+    """Standard deviation that pixels are then divided by, one for each channel or one for all."""
 
     num_workers: int = 0
-    """Processes of each rank that read image_folder or a data set of your own ahead; 0: the rank does so itself."""
+    """Worker processes of each rank that read image_folder or a data set of your own ahead; 0: the rank reads."""
 
     label_smoothing: float = 0.0
-    """The share of a label's probability that is spread evenly over all classes (Szegedy et al. 2016)."""
+    """Share of the target probability that is spread evenly over all classes (Szegedy et al. 2016)."""
 
     mixup: float = 0.0
-    """alpha: each image is mixed with its neighbour in the global batch, by a share from Beta(alpha, alpha) (Zhang et
-    al. 2018); 0: none."""
+    """Alpha: each image is mixed with the next one of the global batch, with a weight from Beta(alpha, alpha) (Zhang et
+    al. 2018); 0: no mixup."""
 
     batch_size: int = 64
     """Samples in one *global* batch, which is divided over all ranks."""
 
     batch_size_per_rank: int | None = None
-    """The other way to say it: the global batch is this times the number of data shards, which are the ranks (of a
-    pipeline: the replicas), and batch_size is ignored."""
+    """Samples of each rank in a batch (in a pipeline: of each replica); if set, the global batch is this times their
+    number, and batch_size is ignored."""
 
     sharding: Literal["contiguous", "random", "hash"] = "contiguous"
-    """How the samples of a global batch are dealt to the ranks."""
+    """How the samples of a global batch are assigned to the ranks."""
 
     num_samples: int = 4096
     """Samples of the synthetic data set."""

@@ -1,4 +1,4 @@
-"""How it learns, and how the ranks share the work."""
+"""Settings of the optimizer, of gradients and of the pipeline."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,43 +9,43 @@ from lockstep.settings.check import check
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the gradient becomes a step."""
+    """The optimizer and its schedule."""
 
     name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = "sgd"
-    """sgd, adam, adamw: from torch.optim; for large batches lars (You et al. 2017) and lamb (You et al. 2020)."""
+    """sgd, adam, adamw: from torch.optim; lars (You et al. 2017), lamb (You et al. 2020): for large batches."""
 
     learning_rate: float = 0.05
-    """The highest learning rate of the schedule."""
+    """Peak learning rate of the schedule."""
 
     momentum: float = 0.9
-    """For sgd and lars."""
+    """Momentum of sgd and lars."""
 
     weight_decay: float = 5e-4
-    """Decay of the weights; coupled to the gradient except with adamw."""
+    """Weight decay: adamw decouples it from the gradient, lamb adds it to the update, others to the gradient."""
 
     decay_vectors: bool = True
-    """Apply the decay to biases and normalisations, too, and not to matrices and filters alone."""
+    """Apply weight decay to biases and normalisation layers as well; false: only to matrices and filters."""
 
     schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
-    """How the learning rate goes on after the warm-up: linear and cosine fall to 0 at the last update; step falls by
+    """Learning rate after the warm-up: linear and cosine fall to 0 at the last update; step is multiplied by
     step_factor at each of step_at."""
 
     step_at: list[float] = field(default_factory=lambda: [0.5, 0.75])
-    """step: the shares of the run after which the rate falls."""
+    """step: shares of the run, in 0 ... 1, after which the learning rate falls."""
 
     step_factor: float = 0.1
-    """step: what it falls to, each time, of what it was."""
+    """step: factor by which the learning rate is multiplied each time."""
 
     average_decay: float | None = None
-    """Keep a moving average of the weights, of which each update leaves this share (such as 0.99); it is evaluated and
-    merged in place of the last weights."""
+    """Decay of a moving average of the weights, such as 0.99; the average is evaluated and merged in place of the last
+    weights. By default there is none."""
 
     warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly from 0."""
+    """Number of first updates over which the learning rate rises linearly from 0."""
 
     scale_learning_rate: bool = False
-    """Multiply the learning rate by the number of data shards, which are the ranks (of a pipeline: the replicas), for
-    batch_size_per_rank (Goyal et al. 2017)."""
+    """Multiply the learning rate by the number of ranks (in a pipeline: of replicas), for use with batch_size_per_rank
+    (Goyal et al. 2017)."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
@@ -63,25 +63,25 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """How the ranks' gradients become one."""
+    """The reduction of gradients over the ranks."""
 
     reduction: Literal["sum", "adasum"] = "sum"
-    """sum: the exact mean over the global batch; adasum: Maleki et al. 2020, for a power of two of ranks."""
+    """sum: the exact mean over the global batch; adasum: Maleki et al. 2020, on 1, 2, 4, 8 ... ranks."""
 
     wire: Literal["full", "bf16", "fp16"] = "full"
-    """The data type in which gradients are sent; they are added up in full. Halves the time on a slow network."""
+    """Data type in which gradients are sent; bf16 and fp16 halve the time on a slow network. Sums are computed in the
+    parameters' data type."""
 
     bucket_mib: float | None = None
-    """MiB of gradients that are sent at once while the backward pass goes on; by default 25 on GPUs, and on CPUs, where
-    no core is left to send them, all after it."""
+    """Size in MiB of gradient buckets that are sent during the backward pass; by default 25 on GPUs, and on CPUs, where
+    no core is idle to send them, one bucket after it."""
 
     num_micro_batches: int = 1
-    """In how many pieces a rank takes its part of a global batch through the model, to save memory; a pipeline is kept
-    full by them. Gradients are sent once, but with zero2, zero3 after each."""
+    """Number of micro-batches into which a rank splits its samples, to save memory or to fill a pipeline. Gradients are
+    sent once an update, with zero2 and zero3 after each micro-batch."""
 
     clip_norm: float | None = None
-    """The largest norm of the gradient, over the whole model, that an optimizer step is taken along as it is; a larger
-    one is scaled down to it."""
+    """Clip the norm of the gradient over the whole model to this value; by default it is not clipped."""
 
     def __post_init__(self) -> None:
         size = self.bucket_mib
@@ -97,16 +97,16 @@ class GradientSettings:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """How a model is cut into stages, with `parallel: pipeline`."""
+    """Stages and schedule of `parallel: pipeline`."""
 
     num_stages: int | None = None
-    """Stages of the model; the ranks must be a multiple of it, and make up replicas. By default as many as ranks."""
+    """Number of stages, by default one for each rank; with a multiple of as many ranks there are replicas."""
 
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """The order of forward and backward passes: 1f1b keeps fewer activations; gpipe is the reference."""
+    """Order of forward and backward passes: 1f1b keeps fewer activations than gpipe."""
 
     cuts: list[str] | None = None
-    """The first block of every stage but the first, by name; by default they are cut by measured cost."""
+    """Names of the first block of every stage but the first; by default stages are balanced by measured cost."""
 
     def __post_init__(self) -> None:
         stages = self.num_stages

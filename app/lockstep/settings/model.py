@@ -1,4 +1,4 @@
-"""What learns."""
+"""Settings of the model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,22 +8,22 @@ from lockstep.settings.check import check
 
 @dataclass(frozen=True)
 class VitSettings:
-    """The vision transformer's size: about 12 times depth times the square of width parameters."""
+    """The size of the vision transformer: about 12 x depth x width^2 parameters."""
 
     width: int = 128
-    """Numbers in a token."""
+    """Number of features of a token."""
 
     depth: int = 4
-    """Layers."""
+    """Number of layers."""
 
     num_heads: int = 4
-    """Heads of attention in each layer."""
+    """Number of attention heads in each layer."""
 
     patch_size: int = 7
-    """Side of the patches, in pixels, that an image is cut into; the images' side must be a multiple of it."""
+    """Side of the patches in pixels; the side of the images must be a multiple of it."""
 
     dropout: float = 0.0
-    """Probability of dropping a unit within the layers."""
+    """Dropout probability within the layers."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_heads", "patch_size"):
@@ -34,29 +34,29 @@ class VitSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What learns."""
+    """The network."""
 
     name: str = "net"
-    """net: the reference network, a convolutional one; vit: a vision transformer of any size (Dosovitskiy et al. 2021);
-    resnet18 and every other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own
-    by its name, my_package.MyNet."""
+    """net: the reference network, a small convolutional one; vit: a vision transformer (Dosovitskiy et al. 2021);
+    resnet18 or any other classifier of torchvision.models; for ppo mlp or nature_cnn; or a network of your own,
+    my_package.MyNet."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """What a network of torchvision's or of your own is made with, beside the shape of its inputs and outputs."""
+    """Further arguments for making a network of torchvision or of your own."""
 
     dropout1: float = 0.25
-    """net: probability of dropping a channel after the convolutions."""
+    """net: dropout probability of channels after the convolutions."""
 
     dropout2: float = 0.5
-    """net: probability of dropping a unit after the first linear layer."""
+    """net: dropout probability after the first linear layer."""
 
     mlp_widths: list[int] = field(default_factory=lambda: [64, 64])
-    """mlp: units of each of its layers, of the policy and of the value function alike."""
+    """mlp: units of the hidden layers, for actor and critic alike."""
 
     vit: VitSettings = field(default_factory=VitSettings)
 
     channels_last: bool = True
-    """Keep images and filters with their channels innermost, which convolutions compute on fastest."""
+    """Store images and filters in channels-last memory format, in which convolutions are fastest."""
 
     compile: bool = False
     """Compile the model with torch.compile: worth its first minute on GPUs and for models of many small layers."""

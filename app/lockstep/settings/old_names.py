@@ -1,4 +1,4 @@
-"""What settings were called in the release before. The old names are read for one more."""
+"""Old names of settings, which are read for one more release."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ def with_new_names(args: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         The arguments, and a line for people for each name that was replaced.
     """
-    replaced, told = [], []
+    replaced, messages = [], []
     for arg in args:
         name, equals, value = arg.removeprefix("--").partition("=")
         if arg.startswith("--") and name in NEW_NAMES:
-            told.append(f"--{name} is called --{NEW_NAMES[name]} now, and will not be read by the next release")
+            messages.append(f"--{name} is called --{NEW_NAMES[name]} now, and will not be read by the next release")
             arg = f"--{NEW_NAMES[name]}{equals}{value}"
         replaced.append(arg)
-    return replaced, told
+    return replaced, messages
 
 
 def rename_variables(prefix: str) -> list[str]:
@@ -34,13 +34,13 @@ def rename_variables(prefix: str) -> list[str]:
     Returns:
         A line for people for each that was renamed.
     """
-    told = []
+    messages = []
     for old, new in NEW_NAMES.items():
         before, after = (f"{prefix}_{name.replace('.', '__').upper()}" for name in (old, new))
         if before in os.environ:
             os.environ.setdefault(after, os.environ.pop(before))
-            told.append(f"{before} is called {after} now, and will not be read by the next release")
-    return told
+            messages.append(f"{before} is called {after} now, and will not be read by the next release")
+    return messages
 
 
 def rename_in_file(content: Mapping[Any, Any]) -> dict[Any, Any]:

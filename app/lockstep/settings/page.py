@@ -1,4 +1,4 @@
-"""Every setting on one page: `env/run python -m lockstep.settings.page > docs/settings.md` makes it."""
+"""Generate the page of settings: `env/run python -m lockstep.settings.page > docs/settings.md`."""
 
 import ast
 import inspect
@@ -10,23 +10,24 @@ from lockstep.settings import Settings
 
 HEAD = """# Every setting
 
-Made by `env/run python -m lockstep.settings.page > docs/settings.md`; a test holds it against the code. What is empty
-by default is worked out, or is off.
+Made by `env/run python -m lockstep.settings.page > docs/settings.md`; a test compares it with the code. A setting whose
+default is empty is off, or its value is derived from others.
 
-They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
+Sources, each overriding the ones before: the defaults, the environment (`LOCKSTEP_NUM_EPOCHS=3`,
 `LOCKSTEP_OPTIMIZER__NAME=adam`), a YAML file or preset (`--config mine.yaml`, `--config reference`) and the command
-line. A resumed run begins with its own `settings.yaml`. `--help` lists them, `--print_config` prints them as YAML.
+line. A resumed run takes the settings in its own `settings.yaml` as defaults. `--help` lists all settings,
+`--print_config` prints them as YAML.
 """
 
 
 def page() -> str:
-    """Markdown, a table for each group."""
-    parts = [HEAD, *_table("Of the run", "", Settings)]
+    """Return the page as Markdown, with a table for each group of settings."""
+    parts = [HEAD, *_table("The run", "", Settings)]
     return "\n".join(parts) + "\n"
 
 
 def _table(title: str, prefix: str, settings: Any) -> Iterator[str]:
-    """The table of a dataclass, and then those of the dataclasses in it."""
+    """Yield the table of a settings dataclass, then those of the dataclasses in it."""
     hints, texts = get_type_hints(settings), _texts(settings)
     yield f"## {title}\n\n| setting | default | what it does |\n| --- | --- | --- |"
     groups = [item for item in fields(settings) if is_dataclass(hints[item.name])]
@@ -40,7 +41,7 @@ def _table(title: str, prefix: str, settings: Any) -> Iterator[str]:
 
 
 def _texts(settings: Any) -> dict[str, str]:
-    """The text below each field of a dataclass."""
+    """Read the docstring below each field of a dataclass."""
     (definition,) = ast.parse(inspect.getsource(settings)).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}

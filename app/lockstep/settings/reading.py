@@ -1,7 +1,7 @@
-"""How settings are read and saved.
+"""Read and save settings.
 
-They come, the later ones winning, from the defaults, the environment (`LOCKSTEP_SEED`,
-`LOCKSTEP_DATA__NAME`), a YAML file or a preset (`--config`), and the command line (`--data.name mnist`).
+Sources, each overriding the ones before: the defaults, the environment (`LOCKSTEP_SEED`, `LOCKSTEP_DATA__NAME`), a YAML
+file or preset (`--config`), and the command line (`--data.name mnist`).
 """
 
 import os
@@ -30,7 +30,7 @@ from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_c
 
 PRESETS = Path(__file__).parent / "presets"
 ENVIRONMENT_PREFIX = "LOCKSTEP"
-OTHER_VARIABLES = {  # of env/ and slurm/
+OTHER_VARIABLES = {  # used by env/ and slurm/, no settings
     f"LOCKSTEP_{name}"
     for name in ("CACHE", "DEFAULTS", "JOB_END_TIME", "LAUNCHER", "PREFIX", "PYTHON", "SITE_TORCH", "VENV")
 }
@@ -43,28 +43,28 @@ TRAINS = "Trains synchronously over every rank of the job, then merges the model
 GROUPS = {"model.vit", *(item.name for item in fields(Settings) if is_dataclass(item.type))}
 T = TypeVar("T")
 
-NO_FILE_NAME = "\n#" + 300 * "-"  # behind a text, which then is longer than a file's name can be
+NO_FILE_NAME = "\n#" + 300 * "-"  # makes a text longer than any file name, so that jsonargparse opens no such file
 
 set_parsing_settings(
     docstring_parse_attribute_docstrings=True,
-    import_path_denylist=["*"],  # a `class_path` in a value would be imported
+    import_path_denylist=["*"],  # jsonargparse would import a `class_path` in a value
     instantiate_subclass_spec_in_any=False,
 )
 
 
 class _Parser(ArgumentParser):
-    """Remembers the files that it has read."""
+    """A parser that records the settings files it has read."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.sources: list[Source] = []
 
     def read(self, path: Path) -> str:
-        """A settings file, which says all that it says itself.
+        """Read a settings file, which must not refer to other files.
 
         Raises:
-            TypeError: it is no such file, or names another one.
-            SettingsError: it is nobody's word.
+            TypeError: it is not a settings file, or refers to another one.
+            SettingsError: every user may write it.
         """
         source = read_source(path)
         try:
@@ -84,14 +84,14 @@ class _Parser(ArgumentParser):
         return source.text + NO_FILE_NAME
 
     def check_trust(self, settings: Settings, typed: Sequence[str], trust: bool) -> None:
-        """What of the names of code in `settings` a file has given, and nobody typed, must be trusted.
+        """Check that names of code in `settings` which come from a file, and were not typed, are trusted.
 
         Raises:
-            SettingsError: it is not.
+            SettingsError: they are not.
         """
         effective = _names_of_code(settings)
-        for source in dict.fromkeys(self.sources):  # those of a resume are read twice
-            # What it says alone; each option counts, for options of several sources may be merged.
+        for source in dict.fromkeys(self.sources):  # a resume reads files twice
+            # This source alone; every option counts, since options of several sources may be merged.
             given = names_of_code(_parser(default_env=False).parse_string(source.text + NO_FILE_NAME))
             theirs = {
                 setting: those
@@ -109,7 +109,7 @@ class _Parser(ArgumentParser):
 
 
 class _PresetOrFile(ActionConfigFile):
-    """`--config reference` names a preset, `--config some/file.yaml` a file."""
+    """The action of `--config`, which takes a preset's name (`reference`) or a file (`some/file.yaml`)."""
 
     @staticmethod
     def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
@@ -123,10 +123,10 @@ class _PresetOrFile(ActionConfigFile):
 
 
 def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
-    """The settings that `args` (by default the command line) and the environment ask for, and whether to `--resume`.
+    """Read settings from `args` (by default the command line) and the environment, and whether to `--resume`.
 
-    A resumed run begins with the settings that it has saved in its folder; the environment, files and the command line
-    change them.
+    A resumed run takes the settings saved in its folder as defaults; the environment, files and the command line
+    override them.
 
     Raises:
         SettingsError: a setting is unknown or wrong.
@@ -141,7 +141,8 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         parsed = parser.parse_args(args)
         run = parsed.run_dir or (str(DEFAULT_RUN.resolve()) if DEFAULT_RUN.exists() else None)
         if parsed.resume and run:
-            _begin_with(parser, Path(parsed.run_dir or DEFAULT_RUN) / SETTINGS_FILE)  # by the link, whose it is counts
+            # The path is not resolved: the owner of a link counts.
+            _begin_with(parser, Path(parsed.run_dir or DEFAULT_RUN) / SETTINGS_FILE)
             parsed = parser.parse_args(args)
             parsed.run_dir = run
         settings = _settings_of(parser.instantiate(parsed))
@@ -153,10 +154,10 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
 
 
 def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
-    """The settings in `args` and the environment, and the `options` (a dataclass) of a benchmark beside them.
+    """Read settings and the further `options` (a dataclass) of a benchmark from `args` and the environment.
 
     Raises:
-        SettingsError: one of either is unknown or wrong.
+        SettingsError: a setting or an option is unknown or wrong.
         SystemExit: for --help and --print_config.
     """
     args = _with_new_names(args)
@@ -175,13 +176,13 @@ def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]
 
 
 def load_settings(path: Path, trust: bool = False) -> Settings:
-    """The settings of an earlier run, from the file that it saved.
+    """Load the settings that a run saved in a file.
 
     Args:
         trust: the user has typed `--trust true`, or nothing that the settings name will be imported.
 
     Raises:
-        SettingsError: the file is missing, or is not such a file, or names code and is not the user's word.
+        SettingsError: the file is missing or no settings file, or it names code and other users could have written it.
     """
     parser = _parser(default_env=False)
     try:
@@ -193,20 +194,20 @@ def load_settings(path: Path, trust: bool = False) -> Settings:
 
 
 def dump_settings(settings: Settings) -> str:
-    """`settings` as YAML, such that `load_settings` and `--config` read them back."""
+    """Format `settings` as YAML for `load_settings` and `--config`."""
     parser = _parser(default_env=False)
     return str(parser.dump(parser.parse_object(asdict(settings))))
 
 
 def flat_settings(settings: Settings) -> dict[str, Any]:
-    """All of them by their full names, such as `optimizer.learning_rate`."""
+    """Flatten settings to a dictionary by full names, such as `optimizer.learning_rate`."""
     return _flat(asdict(settings))
 
 
 def _with_new_names(args: Sequence[str]) -> list[str]:
-    """`args` and the environment by today's names; tells which had an old one."""
-    replaced, told = with_new_names(args)
-    for line in [*told, *rename_variables(ENVIRONMENT_PREFIX)]:
+    """Replace old names in `args` and the environment, with a line on stderr for each."""
+    replaced, messages = with_new_names(args)
+    for line in [*messages, *rename_variables(ENVIRONMENT_PREFIX)]:
         print(f"lockstep: {line}", file=sys.stderr, flush=True)
     return replaced
 
@@ -225,7 +226,7 @@ def _parser(default_env: bool, prog: str = "app/train.py", description: str = TR
         default_env=default_env,
         env_prefix=ENVIRONMENT_PREFIX,
         exit_on_error=False,
-        allow_abbrev=False,  # a setting that is not written out is a mistake
+        allow_abbrev=False,  # an abbreviated name is probably a mistake
     )
     parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset.")
     parser.add_argument("--trust", type=bool, default=SUPPRESS, help=f"{HELP} (typed only).")
@@ -234,7 +235,7 @@ def _parser(default_env: bool, prog: str = "app/train.py", description: str = TR
 
 
 def _begin_with(parser: _Parser, saved: Path) -> None:
-    """What `saved` gives, if it is there, becomes the defaults: the weakest of all sources."""
+    """Use the settings in the file `saved`, if it exists, as defaults, which every other source overrides."""
     if saved.exists():
         alone = _parser(default_env=False).parse_string(parser.read(saved))
         parser.set_defaults({name: value for name, value in alone.items() if name not in COMMANDS})
@@ -246,7 +247,7 @@ def _names_of_code(settings: Settings) -> dict[str, list[str]]:
 
 
 def _is_typed(setting: str, name: str, args: Sequence[str]) -> bool:
-    """The user has said so, on the command line or in the environment."""
+    """Whether the user gave `name` for `setting` on the command line or in the environment."""
     pairs = zip(args, [*args[1:], ""], strict=False)
     typed = any(arg == f"--{setting}={name}" or (arg, value) == (f"--{setting}", name) for arg, value in pairs)
     return setting in NAMES and (typed or os.environ.get(_variable(setting)) == name)
@@ -257,7 +258,7 @@ def _variable(setting: str) -> str:
 
 
 def _with_groups(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every name in `content` and what it is, those of groups such as `data` included."""
+    """Yield every full name in `content` with its value, including groups such as `data`."""
     for name, value in content.items():
         yield f"{prefix}{name}", value
         if isinstance(value, Mapping):
@@ -265,8 +266,8 @@ def _with_groups(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple
 
 
 def _refuse_files_of_groups(args: Sequence[str]) -> None:
-    """Raises TypeError where a whole group of settings is named as a file, such as `--data FILE`: it would be read
-    without a look at whose it is.
+    """Raise TypeError if a file is given for a group of settings, such as `--data FILE`: jsonargparse would read it
+    without the check of its owner.
     """
     typed = [arg[2:].partition("=") if arg.startswith("--") else ("", "", "") for arg in args]
     values = [
@@ -295,7 +296,7 @@ def _help(*kind: str) -> str:
 
 
 def _nearest_setting(parser: ArgumentParser, args: Sequence[str]) -> str:
-    """For each unknown option, the setting that was probably meant."""
+    """Suggest for each unknown option the setting that was probably meant."""
     names = _setting_names(parser)
     hints = []
     for option in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):

@@ -1,4 +1,4 @@
-"""What a run leaves behind, how it watches itself and how it ends."""
+"""Settings of checkpoints, checks, stops and stalls."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ LOGGERS = ("tensorboard", "csv", "mlflow")
 
 
 def parse_loggers(text: str) -> list[str]:
-    """`tensorboard,csv` -> their names. Raises ValueError where one is unknown."""
+    """Parse `tensorboard,csv` to a list of loggers. Raises ValueError if one is unknown."""
     names = [] if text == "none" else list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         check(name in LOGGERS, "loggers", text, f"name some of {', '.join(LOGGERS)}, with commas between them, or none")
@@ -18,25 +18,25 @@ def parse_loggers(text: str) -> list[str]:
 
 
 def parse_updates(text: str) -> range:
-    """`20-24` -> the updates 20 ... 24, counted from 1; `20` -> that one. Raises ValueError for anything else."""
+    """Parse `20-24` to the updates 20 ... 24, counted from 1, or `20` to one update. Raises ValueError otherwise."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    check(1 <= first <= last, "profile", text, "name some updates in a row, counted from 1, such as 20-24")
+    check(1 <= first <= last, "profile", text, "give consecutive updates, counted from 1, such as 20-24")
     return range(first, last + 1)
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What a run leaves behind to go on from."""
+    """Checkpoints."""
 
     interval: int = 100
-    """Updates between two checkpoints, beside the one after the last update; 0: none, but when the run is stopped."""
+    """Updates between two checkpoints; one more follows the last update. 0: only when the run is stopped."""
 
     keep: int = 3
-    """How many of the last checkpoints stay."""
+    """Number of latest checkpoints to keep."""
 
     asynchronous: bool = True
-    """Write from a thread while training goes on."""
+    """Write checkpoints in a thread while training continues."""
 
     def __post_init__(self) -> None:
         check(self.interval >= 0, "checkpoint.interval", self.interval, "it must not be negative")
@@ -45,19 +45,20 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """How closely a run watches itself."""
+    """Checks of correctness during a run."""
 
     ledger: bool = False
-    """Record which rank learned from which samples in which update; `lockstep verify` reads it."""
+    """Record which samples each rank used in each update (the sample ledger); `lockstep verify` checks it."""
 
     replica_interval: int = 100
-    """Updates between two comparisons of model, optimizer and learning rate over the ranks; 0: only at the end."""
+    """Updates between two replica checks, which compare model, optimizer state and learning rate over the ranks; 0:
+    only at the start and at the end."""
 
     non_finite: Literal["stop", "skip"] = "stop"
-    """What all ranks do with an update in which a loss or gradient is infinite or not a number on any rank."""
+    """What all ranks do if a loss or gradient is infinite or NaN on any rank: stop the run, or skip the update."""
 
     deterministic: bool = False
-    """Refuse operations that may give other bits in another run (GPUs; on CPUs all are deterministic)."""
+    """Refuse non-deterministic operations (on GPUs; on CPUs all are deterministic)."""
 
     def __post_init__(self) -> None:
         check(self.replica_interval >= 0, "checks.replica_interval", self.replica_interval, "it must not be negative")
@@ -65,13 +66,13 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class StopSettings:
-    """When a run saves and ends before it is through, to be started again with --resume."""
+    """When a run saves and stops early, to be continued with --resume."""
 
     after_minutes: float | None = None
-    """So long after its start; beside the end of the job's time, which is known under Slurm."""
+    """Stop this many minutes after the start; under Slurm a run also stops before the job's time limit."""
 
     margin_seconds: float = 20.0
-    """Kept free before the end of the job's time, beside what saving was measured to take."""
+    """Seconds to keep free before the job's time limit, in addition to the measured time of saving."""
 
     def __post_init__(self) -> None:
         minutes = self.after_minutes
@@ -81,10 +82,10 @@ class StopSettings:
 
 @dataclass(frozen=True)
 class StallSettings:
-    """When a run that does nothing is ended, with a verdict on who kept it."""
+    """When a run that hangs is ended, with a verdict that names the rank at fault."""
 
     limit_seconds: float = 300.0
-    """Without any sign of life of a rank; more than the longest single thing that a rank does, such as compiling; 0:
+    """Seconds without progress of a rank; must exceed the longest single operation of a rank, such as compiling; 0:
     never."""
 
     def __post_init__(self) -> None:

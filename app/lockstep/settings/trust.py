@@ -1,8 +1,8 @@
-"""Whose word a settings file is: who could have written what it says, and what in it names code.
+"""Trust in settings files: which users could have written a file, and which of its settings name code.
 
-A name such as `data.name: my_package.my_data` runs that package with the rights of whoever starts the program. A name
-that is typed, or stands in the user's own environment, is the user's. One that is read from a file is the word of
-everybody who could have written it.
+A setting such as `data.name: my_package.my_data` imports that package, which then runs with the rights of the user who
+starts the program. Names on the command line and in the environment come from that user. Names in a file come from any
+user who could have written it.
 """
 
 import argparse
@@ -18,39 +18,40 @@ from lockstep.runtime.errors import SettingsError
 
 ROOT = 0
 OVERFLOW = Path("/proc/sys/kernel/overflowuid")
-MAX_LINKS = 40  # as many as Linux follows
+MAX_LINKS = 40  # Linux follows as many
 NAMES = ("data.name", "model.name", "env.id")
 OPTIONS = ("model.options", "env.options")
 DOTTED = re.compile(r"[^\W\d]\w*([.:][^\W\d][\w-]*)+")
-HELP = "believe settings of another user's that name code: it runs as you"
+HELP = "Accept settings files of other users that name code, which then runs with your rights"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A settings file as it was read.
+    """The content of a settings file, and who could have written it.
 
     Attributes:
-        strangers: the users, beside this one and root, whose word it is.
-        open_folder: a folder on the way to it in which everybody may put another file in its place.
-        group_writes: its group may write it.
+        other_owners: ids of users other than this one and root who own the file or a link on its path.
+        writable_folder: a folder on its path where every user may replace what lies in it; None if there is none.
+        group_writes: whether its group may write it.
     """
 
     path: Path
     text: str
-    strangers: frozenset[int] = frozenset()
-    open_folder: Path | None = None
+    other_owners: frozenset[int] = frozenset()
+    writable_folder: Path | None = None
     group_writes: bool = False
 
 
 def read_source(path: Path) -> Source:
-    """Read the file at `path`; what is told of it is true of the very file that was read, whatever happens to the name.
+    """Read the file at `path` and determine who could have written it, from the same descriptor: a swap has no effect.
 
     Raises:
-        SettingsError: it is nobody's word: everybody may write it, or a link on the way to it was planted.
+        SettingsError: every user may write the file, or a link on its path belongs to neither a known user nor the
+            folder's owner.
         OSError: it cannot be read.
     """
     known = _known_users()
-    strangers, open_folder = set(), None
+    other_owners, writable_folder = set(), None
     for step, found, folder in _way(path):
         if stat.S_ISLNK(found.st_mode):
             if found.st_uid not in known | {folder.st_uid}:
@@ -58,24 +59,27 @@ def read_source(path: Path) -> Source:
                     f"{step} is a link that {_who(found.st_uid)} has put into a folder of {_who(folder.st_uid)}: it is "
                     f"not followed. Remove it, or name the folder itself: {step.resolve()}"
                 )
-            strangers |= {found.st_uid} - known
+            other_owners |= {found.st_uid} - known
         elif stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-            open_folder = step
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place keeps nobody waiting
+            writable_folder = step
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not block on a pipe
     with os.fdopen(descriptor, encoding="utf-8") as file:
         opened = os.fstat(descriptor)
         if not stat.S_ISREG(opened.st_mode):
-            raise SettingsError(f"{path} is no file")
+            raise SettingsError(f"{path} is not a file")
         if opened.st_mode & stat.S_IWOTH:
-            raise SettingsError(f"{path} is nobody's word, for everybody may write it. Read it, then: chmod o-w {path}")
-        strangers |= {opened.st_uid} - known
-        return Source(path, file.read(), frozenset(strangers), open_folder, bool(opened.st_mode & stat.S_IWGRP))
+            raise SettingsError(f"{path} may be written by every user. Read it, then: chmod o-w {path}")
+        other_owners |= {opened.st_uid} - known
+        return Source(path, file.read(), frozenset(other_owners), writable_folder, bool(opened.st_mode & stat.S_IWGRP))
 
 
 def names_of_code(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What in `settings`, by their full names, can make something be imported, by the setting.
+    """Collect, for each setting that has some, the names that can cause an import.
 
-    Options count with whatever reads as a name in a package: highway-env, for one, imports those.
+    Of options, every text that looks like a name in a package counts: highway-env, for example, imports such names.
+
+    Args:
+        settings: values by their full names, such as `data.name`.
     """
     names = {name: [value] for name in NAMES if set(".:") & set(value := str(settings.get(name) or ""))}
     options = {name: [text for text in _texts(settings.get(name)) if DOTTED.fullmatch(text)] for name in OPTIONS}
@@ -83,39 +87,42 @@ def names_of_code(settings: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def check_trust(source: Source, names: Mapping[str, list[str]], trust: bool) -> str | None:
-    """A warning, if there is something to warn of. Nothing of `names` has been imported yet.
+    """Refuse names of code from a file that other users could have written; call it before anything is imported.
 
     Args:
-        names: of code, that `source` gives.
-        trust: the user has typed `--trust true`.
+        names: the names of code that `source` gives.
+        trust: whether the user has typed `--trust true`.
+
+    Returns:
+        A warning for the user, or None.
 
     Raises:
-        SettingsError: `names` are not the user's word.
+        SettingsError: other users could have written `names`.
     """
     if not names:
         return None
     what = "; ".join(f"{setting}: {', '.join(each)}" for setting, each in names.items())
-    if source.open_folder:
+    if source.writable_folder:
         raise SettingsError(
-            f"{source.path} names code ({what}), and everybody may put another file in its place: nothing was imported."
-            f" Take that right away: chmod o-w {source.open_folder}"
+            f"{source.path} names code ({what}), and every user may replace that file: nothing was imported. "
+            f"Forbid it: chmod o-w {source.writable_folder}"
         )
-    if source.strangers and not trust:
+    if source.other_owners and not trust:
         raise SettingsError(
-            f"{source.path} is the word of {', '.join(_who(uid) for uid in sorted(source.strangers))}, and names code "
-            f"({what}), which would run as {_who(os.geteuid())}: nothing was imported. If you trust them with all that "
-            "is yours: --trust true"
+            f"{source.path} comes from {', '.join(_who(uid) for uid in sorted(source.other_owners))}, and names code "
+            f"({what}), which would run as {_who(os.geteuid())}: nothing was imported. If you trust them with "
+            "everything you own: --trust true"
         )
     return f"{source.path} names code ({what}), and its group may write it: chmod g-w" if source.group_writes else None
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """`--trust true` for a program that reads the settings of a run."""
+    """Add `--trust true` to the arguments of a program that reads the settings of a run."""
     parser.add_argument("--trust", choices=("true", "false"), default="false", help=HELP)
 
 
 def _known_users() -> frozenset[int]:
-    """This user and root; but not who owns what has no known owner: that may be anybody's."""
+    """Return this user and root, without the overflow id: files of unknown owners show it, and may be anyone's."""
     try:
         unknown = int(OVERFLOW.read_text())
     except (OSError, ValueError):
@@ -124,7 +131,7 @@ def _known_users() -> frozenset[int]:
 
 
 def _way(path: Path) -> Iterator[tuple[Path, os.stat_result, os.stat_result]]:
-    """Each step of the way to `path`, links and where they lead included: it, what it is, and the folder it is in."""
+    """Yield every component of `path`, through all links: the component, its status, and that of its folder."""
     rest = [*reversed(path.absolute().parts[1:])]
     here, folder, links = Path("/"), os.lstat("/"), 0
     yield here, folder, folder
@@ -149,7 +156,7 @@ def _way(path: Path) -> Iterator[tuple[Path, os.stat_result, os.stat_result]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text within `value`."""
+    """Yield every string in `value`, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | argparse.Namespace):

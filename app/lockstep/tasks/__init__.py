@@ -1,1 +1,1 @@
-"""What is learned: a task builds the model, yields work, gives the loss and evaluates."""
+"""Tasks: what is learned. A task builds model and loader, computes the loss and evaluates."""

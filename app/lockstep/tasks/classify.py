@@ -1,4 +1,4 @@
-"""The task of telling classes apart: images in, log-probabilities out, the negative log-likelihood as loss."""
+"""Image classification: networks that give log-probabilities, trained on the negative log-likelihood."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from lockstep.tasks.task import Forward, Task, evaluating
 
 EVALUATION_BATCH_SIZE = 500
 TOP = 5
-MAX_CLASSES_TOLD = 100
+MAX_CLASSES_IN_DETAILS = 100
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on the held-out samples, each of which counts once.
+    """A model's results on the held-out samples, each of which counts once.
 
     Attributes:
         loss: mean negative log-likelihood.
-        num_in_top: samples whose true class is among the five that are held likeliest.
-        confusion: (num_classes, num_classes) int64, rows the true class and columns the predicted one.
-        classes: their names.
+        num_in_top: number of samples whose true class is among the five most likely ones.
+        confusion: (num_classes, num_classes) int64; rows are true classes, columns predicted ones.
+        classes: the names of the classes.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def details(self) -> dict[str, Any]:
-        small = len(self.classes) <= MAX_CLASSES_TOLD
+        small = len(self.classes) <= MAX_CLASSES_IN_DETAILS
         return {"classes": list(self.classes), "confusion": self.confusion.tolist()} if small else {}
 
     @property
@@ -68,17 +68,17 @@ class Evaluation:
 
 
 class Classify(Task):
-    """Builds the model and its data, gives the loss and evaluates."""
+    """The classification task: model, data, loss and evaluation."""
 
     samples = "images"
     num_metric_sums = 3  # loss sum, number correct, number of samples
     curves = ("loss", "accuracy")
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
-        """Collective: rank 0 fetches the data while the others wait, then all load it.
+        """Collective: rank 0 downloads the data if need be while the others wait, then all load it.
 
         Raises:
-            DataError: on every rank, if the data is missing on any.
+            DataError: on every rank, if the data is missing on any rank.
         """
         super().__init__(settings, cluster)
         cluster.on_root(lambda: fetch(settings.data))
@@ -105,7 +105,7 @@ class Classify(Task):
 
     @override
     def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> BatchLoader:
-        """One shard of the training data."""
+        """Build the loader of one shard of the training data."""
         data = self.settings.data
         return BatchLoader(
             self._train,
@@ -140,7 +140,7 @@ class Classify(Task):
     def line(
         self, epoch: int, item: LabelledBatch, num_samples: int, mean: dict[str, float], last: dict[str, float]
     ) -> str:
-        """The loss is that of the named global batch, as in the reference."""
+        """Format a log line with the loss of the last global batch, as in the reference."""
         return f"Epoch: {epoch}, Batch: {item.index}, Loss: {last['loss']:.4f}"
 
     @override
@@ -155,15 +155,15 @@ class Classify(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
-        """Collective: the held-out samples are divided over the shards, and counts are summed over all ranks once."""
+        """Collective: evaluate the held-out samples, divided over the shards; one reduction sums the counts."""
         num_classes = len(self.held_out.classes)
         start, stop = shard_bounds(len(self.held_out), num_shards)[shard_id : shard_id + 2]
         sums = torch.zeros(2 + num_classes**2, dtype=torch.float64, device=self.cluster.device)
-        # As many pieces on every rank: a model in parts is gathered for each.
+        # Equally many batches on every rank: the forward pass of a sharded model is a collective.
         largest = -(-len(self.held_out) // num_shards)
-        pieces = np.array_split(np.arange(start, stop), max(1, -(-largest // EVALUATION_BATCH_SIZE)))
+        batches = np.array_split(np.arange(start, stop), max(1, -(-largest // EVALUATION_BATCH_SIZE)))
         with evaluating(model):
-            for inputs, labels in self.held_out.batches(pieces, self.dtype):
+            for inputs, labels in self.held_out.batches(batches, self.dtype):
                 self.cluster.recorder.beat()
                 if (output := forward(inputs)) is not None:
                     sums[0] += F.nll_loss(output.double(), labels, reduction="sum")
@@ -179,11 +179,11 @@ class Classify(Task):
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (n, num_classes) and labels (n,) of all held-out samples. Not a collective."""
+        """Compute log-probabilities (n, num_classes) and labels (n,) of all held-out samples. Not a collective."""
         count = len(self.held_out)
-        pieces = np.array_split(np.arange(count), max(1, -(-count // EVALUATION_BATCH_SIZE)))
+        batches = np.array_split(np.arange(count), max(1, -(-count // EVALUATION_BATCH_SIZE)))
         with evaluating(model):
             found = [
-                (self.outputs(model, inputs), labels) for inputs, labels in self.held_out.batches(pieces, self.dtype)
+                (self.outputs(model, inputs), labels) for inputs, labels in self.held_out.batches(batches, self.dtype)
             ]
         return torch.cat([outputs for outputs, _ in found]), torch.cat([labels for _, labels in found])

@@ -1,4 +1,4 @@
-"""Environments, many at once: Atari games as one vector in C++, all others of Gymnasium one after the other."""
+"""Vectors of environments: Atari games step in parallel threads in C++, all other environments one after the other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +15,19 @@ from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.importing import import_module, made
 from lockstep.settings import EnvSettings
 
-PACKAGES = ("ale_py", "highway_env")  # that register environments as they are imported
+PACKAGES = ("ale_py", "highway_env")  # their import registers environments
 GAMES = "ALE/"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one action in each of n environments has led to.
+    """The result of one action in each of n environments.
 
     Attributes:
-        observations: (n, ...) that the next actions are for: of a new episode where one has ended.
+        observations: (n, ...), the inputs of the next actions; where an episode has ended, the first of the next one.
         rewards: (n,) float64.
-        terminated, truncated: (n,) bool, the episode has ended: by what happened in it; else, by a limit of time.
-        last_observations: of the episodes that were truncated, in order; None if none was.
+        terminated, truncated: (n,) bool: the episode reached a terminal state; or else its time limit.
+        last_observations: the final observations of the truncated episodes, in order; None if there are none.
     """
 
     observations: NDArray[Any]
@@ -38,16 +38,17 @@ class Step:
 
 
 class Environments:
-    """A vector of environments, each of which begins a new episode by itself when one has ended.
+    """A vector of environments that reset automatically at the end of an episode.
 
     Attributes:
-        observation_space, action_space: of each.
+        observation_space, action_space: of each single environment.
     """
 
     def __init__(self, settings: EnvSettings, num_envs: int) -> None:
-        """
+        """Make the environments.
+
         Raises:
-            SettingsError: there is no such environment, or it cannot be made with `settings`.
+            SettingsError: the environment is unknown, or cannot be made with `settings`.
         """
         self._is_game = is_game(settings)
         self._vector = _make_game(settings, num_envs) if self._is_game else _make_vector(settings, num_envs)
@@ -55,12 +56,12 @@ class Environments:
         self.action_space = self._vector.single_action_space
 
     def begin(self, seeds: Sequence[int]) -> NDArray[Any]:
-        """New episodes everywhere, with a seed for each environment; their first observations (n, ...)."""
+        """Reset every environment with its seed; returns the first observations (n, ...)."""
         observations: NDArray[Any] = self._vector.reset(seed=np.array(seeds) if self._is_game else list(seeds))[0]  # type: ignore[arg-type]
         return observations
 
     def step(self, actions: NDArray[np.generic]) -> Step:
-        """`actions` (n, ...), as `Actions.for_environments` gives them."""
+        """Take one step with `actions` (n, ...) from `Actions.for_environments`."""
         observations, rewards, terminated, truncated, info = self._vector.step(actions)
         truncated = truncated & ~terminated
         last = np.stack([info["final_obs"][index] for index in np.flatnonzero(truncated)]) if truncated.any() else None
@@ -75,14 +76,14 @@ def is_game(settings: EnvSettings) -> bool:
 
 
 def make_one(settings: EnvSettings, **options: Any) -> gym.Env[Any, Any]:
-    """One environment, no Atari game: observations are numbers; actions that are numbers lie in -1 ... 1 if they have
-    bounds.
+    """Make one environment that is not an Atari game, with flattened observations and bounded actions rescaled to
+    -1 ... 1.
 
     Args:
-        options: beside those of `settings`.
+        options: further arguments of the environment.
 
     Raises:
-        SettingsError: there is no such environment, or it cannot be made with `settings`.
+        SettingsError: the environment is unknown, or cannot be made with `settings`.
     """
     options = {**settings.options, **options}
     is_class = "." in settings.id and ":" not in settings.id
@@ -103,7 +104,7 @@ def make_one(settings: EnvSettings, **options: Any) -> gym.Env[Any, Any]:
         return env
     except SettingsError:
         raise
-    except Exception as error:  # whatever an environment raises as it is made
+    except Exception as error:  # an environment may raise anything
         raise SettingsError(
             f"env.id is {settings.id}: it cannot be made with env.options {settings.options}: "
             f"{type(error).__name__}: {error}"
@@ -111,16 +112,16 @@ def make_one(settings: EnvSettings, **options: Any) -> gym.Env[Any, Any]:
 
 
 def _make_vector(settings: EnvSettings, num_envs: int) -> VectorEnv[Any, Any, Any]:
-    # Not asynchronous: the ranks are what runs side by side.
+    # No worker processes: the ranks already run in parallel.
     return SyncVectorEnv([lambda: make_one(settings)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def _make_game(settings: EnvSettings, num_envs: int, **options: Any) -> VectorEnv[Any, Any, Any]:
-    """With the usual preparation (Machado et al. 2018): every fourth frame, grey, 84 x 84; rewards and lives as they
-    are.
+    """Make a vector of Atari games with the usual preprocessing (Machado et al. 2018): every fourth frame, grey, 84 x
+    84; rewards are not clipped, and losing a life does not end an episode.
     """
     _register(settings.id)
-    from ale_py.vector_env import AtariVectorEnv  # a second of import that only games need
+    from ale_py.vector_env import AtariVectorEnv  # imported here: it takes a second
 
     try:
         return AtariVectorEnv(
@@ -132,7 +133,7 @@ def _make_game(settings: EnvSettings, num_envs: int, **options: Any) -> VectorEn
             autoreset_mode=AutoresetMode.SAME_STEP,
             **{"reward_clipping": False, **settings.options, **options},
         )
-    except Exception as error:  # whatever it raises as it is made
+    except Exception as error:  # a game may raise anything
         raise SettingsError(
             f"env.id is {settings.id}: it cannot be made with env.options {settings.options}: "
             f"{type(error).__name__}: {error}"
@@ -140,14 +141,14 @@ def _make_game(settings: EnvSettings, num_envs: int, **options: Any) -> VectorEn
 
 
 def make_coloured_game(settings: EnvSettings) -> VectorEnv[Any, Any, Any]:
-    """One game whose observations (1, 1, 210, 160, 3) are the screen: with the same seed and actions it goes as the one
-    that an agent sees.
+    """Make one game whose observations (1, 1, 210, 160, 3) are the screen in colour. With the same seed and actions it
+    plays out exactly like the game that the agent sees.
     """
     return _make_game(replace(settings, frame_stack=1), 1, grayscale=False, img_height=210, img_width=160)
 
 
 def _register(name: str) -> None:
-    """Import what registers the environment `name`."""
+    """Import the packages that may register the environment `name`."""
     for package in PACKAGES if ":" not in name else (name.partition(":")[0],):
         if name not in gym.registry:
             import_module(package, "env.id")

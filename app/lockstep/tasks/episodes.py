@@ -1,4 +1,4 @@
-"""Whole episodes by a policy that no longer learns."""
+"""Evaluation episodes: a fixed policy plays each from its seed to its end."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +11,16 @@ import numpy as np
 from lockstep.settings import EnvSettings
 from lockstep.tasks.environments import Environments
 
-AT_ONCE = 50  # environments of a rank
-EVALUATION = 2**30  # seeds of evaluations lie above those of training
+MAX_ENVS = 50  # environments of a rank that are played at a time
+EVALUATION = 2**30  # the first seed of evaluations, above those of training
 Generators = Sequence[np.random.Generator]
 Act = Callable[[Any, Generators], Any]
-"""Actions (n, ...) for observations (n, ...), with what each episode draws its random numbers from."""
+"""A policy: actions (n, ...) for observations (n, ...), with one random generator for each episode."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One, from its beginning to its end."""
+    """The result of one whole episode."""
 
     seed: int
     total_reward: float
@@ -29,7 +29,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """How a policy has done.
+    """The results of a policy's evaluation episodes.
 
     Attributes:
         episodes: in the order of their seeds.
@@ -47,7 +47,7 @@ class Episodes:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of one episode's return."""
+        """The standard deviation of the returns."""
         return statistics.stdev(self._returns) if len(self.episodes) > 1 else 0.0
 
     @property
@@ -82,21 +82,21 @@ class Episodes:
 
 
 def play(act: Act, settings: EnvSettings, numbers: range) -> list[Episode]:
-    """The episodes with these `numbers`, each of which goes the same whichever others are played beside it.
+    """Play the episodes with these `numbers`. Each depends on its number alone, not on the others played with it.
 
     Raises:
         SettingsError: the environment cannot be made.
     """
     episodes: list[Episode] = []
-    for first in range(numbers.start, numbers.stop, AT_ONCE):
-        seeds = [EVALUATION + number for number in range(first, min(first + AT_ONCE, numbers.stop))]
+    for first in range(numbers.start, numbers.stop, MAX_ENVS):
+        seeds = [EVALUATION + number for number in range(first, min(first + MAX_ENVS, numbers.stop))]
         with closing(Environments(settings, len(seeds))) as environments:
             episodes += _play_at_once(act, environments, seeds)
     return episodes
 
 
 def _play_at_once(act: Act, environments: Environments, seeds: Sequence[int]) -> list[Episode]:
-    """One episode of each environment: what it does after that does not count."""
+    """Play one episode in each environment; the steps after its end are ignored."""
     observations, generators = environments.begin(seeds), [np.random.default_rng(seed) for seed in seeds]
     running = np.ones(len(seeds), dtype=bool)
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=int)

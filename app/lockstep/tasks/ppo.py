@@ -1,13 +1,12 @@
-"""The task of acting: proximal policy optimization (PPO, Schulman et al. 2017), over ranks as in DD-PPO (Wijmans et al.
-2020).
+"""Proximal policy optimization (PPO, Schulman et al. 2017), distributed as in DD-PPO (Wijmans et al. 2020).
 
-Each update: T steps of every environment (rollout.py), advantages (equation 11), normalised over all ranks, then K
-epochs of minibatches, each one optimizer step along the exact mean gradient of
+Each update collects T steps of every environment (rollout.py), computes advantages (equation 11) and normalises them
+over all ranks. Then follow K epochs of minibatches, each one optimizer step along the exact mean gradient of
 
     L^CLIP (equation 7)  -  c1 L^VF  +  c2 S  (equation 9)
 
-Minibatches are drawn environment by environment: each holds as many steps of every one, so that ranks with as many
-environments have equal shares, and which steps these are does not depend on the ranks.
+Minibatches are drawn environment by environment, equally many steps from each. So ranks with equally many environments
+have equally many samples, and the content of a global minibatch does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,24 +31,24 @@ from lockstep.runtime.seeding import seed_model, update_seed
 from lockstep.settings import Settings
 from lockstep.tasks.environments import Environments
 from lockstep.tasks.episodes import Episodes, Generators, play
-from lockstep.tasks.rollout import Rollout, Rollouts
+from lockstep.tasks.rollout import Rollout, RolloutLoader
 from lockstep.tasks.task import Forward, Task, evaluating
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 KL = LOSSES.index("approx_kl")
-COUNT = len(LOSSES)  # where metric sums have the number of samples; episodes come after it
+COUNT = len(LOSSES)  # index of the number of samples among the metric sums; the sums over episodes follow
 
 
 @dataclass(frozen=True)
 class Minibatch(Batch):
-    """Steps of this rank's environments.
+    """Steps of this rank's environments; `inputs` are the observations.
 
     Attributes:
         actions: (n, ...).
-        log_probs: (n,) of the actions, before the update.
-        advantages: (n,) normalised.
-        returns: (n,) what the value function shall give.
-        values: (n,) what it gave before the update.
+        log_probs: (n,), of the actions under the policy before the update.
+        advantages: (n,), normalised.
+        returns: (n,), the targets of the value function.
+        values: (n,), the value estimates before the update.
     """
 
     actions: Tensor
@@ -60,17 +59,17 @@ class Minibatch(Batch):
 
 
 class Ppo(Task):
-    """Acts in environments, and learns to act better."""
+    """The PPO task: policy, environments, loss and evaluation."""
 
     samples = "steps"
     num_metric_sums = len(LOSSES) + 1 + 3
     curves = ("return", "policy_loss", "value_loss", "entropy")
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
-        """Collective.
+        """Collective: make this rank's environments.
 
         Raises:
-            SettingsError: on every rank: the environments cannot be made, or there are fewer than ranks.
+            SettingsError: on every rank: the environments cannot be made, or there are fewer of them than ranks.
         """
         super().__init__(settings, cluster)
         num_envs = settings.env.num_envs
@@ -90,9 +89,10 @@ class Ppo(Task):
     # -- the model -------------------------------------------------------------------------------------------------
 
     def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """
+        """Build the policy block by block.
+
         Raises:
-            SettingsError: on every rank: the policy that is asked for does not fit the environment.
+            SettingsError: on every rank: the policy does not fit the environment.
         """
         seed_model(self.settings.seed)
         for name, block in policy_blocks(self.settings.model, self._shape, self.actions):
@@ -102,15 +102,15 @@ class Ppo(Task):
         return torch.zeros((num_samples, *self._shape), device=self.cluster.device)
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """(n, num_outputs + 1): what the distribution of actions takes, and the value."""
-        # In full, whatever the layers compute in: the ratio of two likelihoods lives on their last digits.
+        """Compute the parameters of the action distribution and the value of the state: (n, num_outputs + 1)."""
+        # Not in bfloat16: the ratio of two almost equal likelihoods needs their last digits.
         return super().outputs(model, inputs.to(self.dtype)).to(self.dtype)
 
     # -- learning --------------------------------------------------------------------------------------------------
 
     @property
     def num_epochs(self) -> int:
-        """Updates."""
+        """Number of updates: an epoch is one update."""
         ppo = self.settings.ppo
         return max(1, ppo.total_steps // (ppo.num_steps * self.settings.env.num_envs))
 
@@ -118,11 +118,11 @@ class Ppo(Task):
     def evaluate_every(self) -> int:
         return self.settings.evaluate_every or 0
 
-    def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> Rollouts:
+    def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> RolloutLoader:
         assert strategy is not None
         assert (shard_id, num_shards) == (self.cluster.rank, self.cluster.size)
         forward = partial(self.outputs, strategy.model)
-        return Rollouts(
+        return RolloutLoader(
             self.settings, self.cluster, self.environments, self.actions, strategy.model, forward, self.dtype
         )
 
@@ -130,10 +130,10 @@ class Ppo(Task):
     def learn(
         self, item: Rollout, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None
     ) -> Tensor:
-        """Collective: K epochs; all ranks end early together, when the policy has gone further than `target_kl`."""
+        """Collective: K epochs over the rollout; all ranks stop early if the KL divergence exceeds `target_kl`."""
         ppo = self.settings.ppo
         with torch.no_grad():
-            whole = self._whole(item)
+            all_steps = self._flatten_rollout(item)
         orders = [
             generator.permuted(np.tile(np.arange(len(item.rewards)), (ppo.num_epochs, 1)), axis=1)
             for generator in item.generators
@@ -141,20 +141,20 @@ class Ppo(Task):
         metric_sums = torch.zeros(self.num_metric_sums, dtype=torch.float64, device=self.cluster.device)
         metric_sums[COUNT + 1 :] = item.episodes
         for epoch in range(ppo.num_epochs):
-            of_epoch = torch.zeros_like(metric_sums[: COUNT + 1])
-            order = np.stack([of_env[epoch] for of_env in orders], axis=1)
-            for index, minibatch in enumerate(self._minibatches(whole, item, order)):
+            epoch_sums = torch.zeros_like(metric_sums[: COUNT + 1])
+            order = np.stack([env_order[epoch] for env_order in orders], axis=1)
+            for index, minibatch in enumerate(self._minibatches(all_steps, item, order)):
                 step_seed = update_seed(seed, epoch, index)
-                of_epoch += train_step(strategy, minibatch, self, step_seed, before_step)
-            metric_sums[: COUNT + 1] += of_epoch
+                epoch_sums += train_step(strategy, minibatch, self, step_seed, before_step)
+            metric_sums[: COUNT + 1] += epoch_sums
             if ppo.target_kl is not None:
-                sums = self.cluster.sum_(of_epoch, name="divergence")
+                sums = self.cluster.sum_(epoch_sums, name="divergence")
                 if float(sums[KL]) > ppo.target_kl * float(sums[COUNT]):
                     break
         return metric_sums
 
-    def _whole(self, item: Rollout) -> Minibatch:
-        """Collective: all steps of the rollout, step by step and in it environment by environment."""
+    def _flatten_rollout(self, item: Rollout) -> Minibatch:
+        """Collective: flatten (T, n) steps to (T n,), with advantages normalised over all ranks."""
         ppo = self.settings.ppo
         distributions, values = _split(item.outputs)
         advantages = generalised_advantages(
@@ -172,46 +172,47 @@ class Ppo(Task):
             values.flatten(),
         )
 
-    def _minibatches(self, whole: Minibatch, item: Rollout, order: Any) -> Iterator[Minibatch]:
-        """
+    def _minibatches(self, all_steps: Minibatch, item: Rollout, order: Any) -> Iterator[Minibatch]:
+        """Split the steps of a rollout into minibatches.
+
         Args:
-            order: (T, n) the steps of each environment, shuffled.
+            order: (T, n), the shuffled steps of each environment.
         """
         num_minibatches = self.settings.ppo.num_minibatches
         if num_minibatches == 1:
-            yield whole
+            yield all_steps
             return
         num_envs = order.shape[1]
         sizes = [
-            sum(len(piece) * envs for piece, envs in zip(pieces, item.envs_of_ranks, strict=True))
-            for pieces in zip(
+            sum(len(steps) * envs for steps, envs in zip(steps_of_ranks, item.envs_of_ranks, strict=True))
+            for steps_of_ranks in zip(
                 *(np.array_split(np.arange(steps), num_minibatches) for steps in item.steps_of_ranks), strict=True
             )
         ]
         for rows, global_size in zip(np.array_split(order, num_minibatches), sizes, strict=True):
             chosen = torch.from_numpy((rows * num_envs + np.arange(num_envs)).ravel()).to(self.cluster.device)
-            yield whole.take(chosen, global_size)
+            yield all_steps.take(chosen, global_size)
 
     def loss_sum(self, outputs: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Equation 9, to be minimised."""
+        """The negative of equation 9, which is minimised."""
         ppo = self.settings.ppo
         distributions, values = _split(outputs)
         log_probs, entropy = self.actions.log_prob_and_entropy(distributions, batch.actions)
         if ppo.entropy_coefficient == 0:
-            entropy = entropy.detach()  # a third of the backward pass of a small policy
+            entropy = entropy.detach()  # saves a third of a small policy's backward pass
         log_ratio = log_probs - batch.log_probs
         ratio = log_ratio.exp()
         surrogate = torch.min(ratio * batch.advantages, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * batch.advantages)
         value_loss = (values - batch.returns) ** 2
         if ppo.clip_value is not None:
-            near = batch.values + (values - batch.values).clamp(-ppo.clip_value, ppo.clip_value)
-            value_loss = torch.max(value_loss, (near - batch.returns) ** 2)
+            clipped_values = batch.values + (values - batch.values).clamp(-ppo.clip_value, ppo.clip_value)
+            value_loss = torch.max(value_loss, (clipped_values - batch.returns) ** 2)
         sums = torch.stack([-surrogate, value_loss, entropy]).sum(1)
         with torch.no_grad():
-            divergence = ratio - 1 - log_ratio  # of the old policy from the new one (Schulman 2020: k3)
+            divergence = ratio - 1 - log_ratio  # KL divergence KL(old, new), estimator k3 (Schulman 2020)
             clipped = ((ratio - 1).abs() > ppo.clip).to(ratio.dtype)
-            watched = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
-            metric_sums = torch.cat([sums, watched]).double()
+            diagnostics = torch.stack([divergence, clipped, torch.ones_like(ratio)]).sum(1)
+            metric_sums = torch.cat([sums, diagnostics]).double()
         return self._weights @ sums, metric_sums
 
     def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
@@ -229,7 +230,7 @@ class Ppo(Task):
         return f"Update: {epoch + 1}, Steps: {num_samples}, Return: {episodes}, Entropy: {mean['entropy']:.3f}"
 
     @override
-    def immutable_settings(self, loader: Rollouts, num_shards: int) -> dict[str, Any]:
+    def immutable_settings(self, loader: RolloutLoader, num_shards: int) -> dict[str, Any]:
         env = self.settings.env
         return {
             "env.id": env.id,
@@ -242,10 +243,9 @@ class Ppo(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Episodes:
-        """Collective: seeded episodes."""
+        """Collective: play the seeded evaluation episodes, divided over the shards."""
         env = self.settings.env
         bounds = shard_bounds(env.num_evaluation_episodes, num_shards)
-
         numbers = range(bounds[shard_id], bounds[shard_id + 1])
         with evaluating(model):
             mine = self.cluster.on_every_rank(lambda: play(partial(self.act, forward), env, numbers))
@@ -253,7 +253,7 @@ class Ppo(Task):
 
     @torch.no_grad()
     def act(self, forward: Forward, observations: Any, generators: Generators) -> Any:
-        """Actions (n, ...) for `observations` (n, ...), as environments take and give them."""
+        """Choose actions (n, ...) for `observations` (n, ...), both arrays as environments use them."""
         self.cluster.recorder.beat()
         outputs = forward(torch.from_numpy(observations).to(self.cluster.device))
         assert outputs is not None
@@ -267,11 +267,11 @@ class Ppo(Task):
 def generalised_advantages(
     rewards: Tensor, values: Tensor, next_values: Tensor, ends: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """Equation 11 (Schulman et al. 2016, equation 16), for (T, n) steps.
+    """Compute generalised advantage estimates for (T, n) steps: equation 11 (Schulman et al. 2016, equation 16).
 
     Args:
-        next_values: of the state that each step has led to, 0 if it was the last of all.
-        ends: an episode ends with the step: nothing of what comes after counts.
+        next_values: value of the state after each step; 0 if it is terminal.
+        ends: whether an episode ends with the step; later rewards then do not count.
     """
     deltas = rewards + gamma * next_values - values
     weights = gamma * gae_lambda * (~ends).to(deltas.dtype)
@@ -283,9 +283,7 @@ def generalised_advantages(
 
 
 def normalise(advantages: Tensor, cluster: Cluster) -> Tensor:
-    """Collective: `advantages` (n,) less their mean and over their standard deviation, both over all ranks, in which
-    every step counts once.
-    """
+    """Collective: normalise `advantages` (n,) by the mean and standard deviation over the steps of all ranks."""
     exact = advantages.double()
     sums = torch.stack([exact.sum(), (exact**2).sum(), exact.new_tensor(len(exact))])
     total, squares, count = cluster.sum_(sums, name="advantages").tolist()
@@ -296,6 +294,6 @@ def normalise(advantages: Tensor, cluster: Cluster) -> Tensor:
 
 
 def _split(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a policy's outputs (..., k + 1): what distributions take (..., k), and values (...)."""
+    """Split a policy's outputs (..., k + 1) into distribution parameters (..., k) and values (...)."""
     distributions, values = outputs.split([outputs.shape[-1] - 1, 1], dim=-1)
     return distributions, values.squeeze(-1)

@@ -1,4 +1,4 @@
-"""An episode as moving pictures."""
+"""Record an episode as an animated GIF."""
 
 import os
 from contextlib import closing
@@ -19,13 +19,13 @@ GAME_FRAMES_PER_SECOND = 15.0  # every fourth of 60
 
 
 def record(act: Act, settings: EnvSettings, picture: Path) -> Episode:
-    """Play the first episode of an evaluation, and write it as a GIF: to its end, or MAX_FRAMES.
+    """Play the first episode of an evaluation and write it as a GIF of at most MAX_FRAMES frames.
 
     Raises:
-        OSError: it cannot be written.
-        SettingsError: the environment cannot be made, or draws no pictures.
+        OSError: the file cannot be written.
+        SettingsError: the environment cannot be made, or does not render RGB arrays.
     """
-    os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # not "dummy", with which highway-env draws nothing
+    os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # with "dummy" highway-env would draw nothing
     frames: list[NDArray[np.uint8]] = []
     episode, frames_per_second = (_record_game if is_game(settings) else _record_one)(act, settings, frames)
     first, *others = [Image.fromarray(frame).quantize(64) for frame in frames]
@@ -48,7 +48,7 @@ def _record_one(act: Act, settings: EnvSettings, frames: list[NDArray[np.uint8]]
 
 
 def _record_game(act: Act, settings: EnvSettings, frames: list[NDArray[np.uint8]]) -> tuple[Episode, float]:
-    """The agent sees its own, grey and small; a second one goes the same way in colour."""
+    """Play the game twice with the same actions: once grey and small for the agent, once in colour for the frames."""
     total, generators = 0.0, [np.random.default_rng(EVALUATION)]
     with closing(Environments(settings, 1)) as seen, closing(make_coloured_game(settings)) as drawn:
         observations = seen.begin([EVALUATION])

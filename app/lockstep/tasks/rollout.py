@@ -1,6 +1,6 @@
-"""What an agent does in its environments, T steps at a time, as PPO learns from it (Schulman et al. 2017, section 5).
+"""Collect rollouts of T steps from every environment for PPO (Schulman et al. 2017, section 5).
 
-Everything random is a pure function of (seed, environment, update): what happens does not depend on how the
+Everything random is a pure function of (seed, environment, update), so a rollout does not depend on how the
 environments are divided over the ranks.
 """
 
@@ -25,7 +25,7 @@ from lockstep.tasks.environments import Environments, Step
 from lockstep.tasks.rollout_preemption import RolloutPreemption
 from lockstep.tasks.task import evaluating
 
-LEAST_SHARE = 0.25  # of its steps that a preempted rank has done (Wijmans et al. 2020, appendix)
+MIN_SHARE = 0.25  # of its steps that a rank collects before it may be preempted (Wijmans et al. 2020, appendix)
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Rollout:
     """T steps of this rank's n environments.
 
     Attributes:
-        index: the number of the update, from 0.
-        steps_of_ranks: T of every rank; fewer than was asked for where a rank was preempted.
+        index: number of the update, from 0.
+        steps_of_ranks: T of every rank; smaller than `ppo.num_steps` where a rank was preempted.
         envs_of_ranks: n of every rank.
         observations: (T, n, ...), as the environments give them.
         actions: (T, n, ...).
-        outputs: (T, n, k) of the policy, before its step.
+        outputs: (T, n, k), of the policy before the update.
         rewards: (T, n).
-        next_values: (T, n) of the state that an action has led to; 0 where the episode has ended there.
-        ends: (T, n) bool, an episode ends with this step.
-        generators: of each environment in this update.
-        episodes: sum of the returns, sum of the lengths and number of the episodes that have ended, (3,) float64.
+        next_values: (T, n), value of the state after each step; 0 if it is terminal.
+        ends: (T, n) bool, whether an episode ends with this step.
+        generators: one random generator for each environment, for this update.
+        episodes: sum of returns, sum of lengths and number of the episodes that ended, (3,) float64.
     """
 
     index: int
@@ -60,19 +60,20 @@ class Rollout:
 
     @cached_property
     def ids(self) -> Ids:
-        """There is no data set."""
+        """Empty: there is no data set."""
         return np.empty(0, dtype=np.int64)
 
     @property
     def global_size(self) -> int:
-        """Steps of all environments of all ranks."""
+        """Number of steps over the environments of all ranks."""
         return sum(steps * envs for steps, envs in zip(self.steps_of_ranks, self.envs_of_ranks, strict=True))
 
 
-class Rollouts:
-    """A loader (see `Loader`) that yields rollouts; an epoch is one update. Environments go on from one update to the
-    next, but begin anew after a checkpoint, which does not hold their states: the episodes that are cut are learned
-    from up to there, and are not counted.
+class RolloutLoader:
+    """A loader (see `Loader`) that collects rollouts; an epoch is one update.
+
+    Environments keep their state from one update to the next, but are reset after a checkpoint, which does not hold
+    that state. The steps of the interrupted episodes are learned from, but their returns are not counted.
     """
 
     num_samples = 0
@@ -90,10 +91,10 @@ class Rollouts:
     ) -> None:
         """
         Args:
-            environments: this rank's.
-            model: the policy, which is put into evaluation mode meanwhile.
-            outputs: of the policy for observations (n, ...), with no graph.
-            dtype: of what is computed with.
+            environments: the environments of this rank.
+            model: the policy; it is in evaluation mode while a rollout is collected.
+            outputs: computes the policy's outputs for observations (n, ...).
+            dtype: data type of noise, rewards and values.
         """
         self._settings = settings
         self._cluster = cluster
@@ -104,25 +105,26 @@ class Rollouts:
         self._dtype = dtype
         bounds = shard_bounds(settings.env.num_envs, cluster.size)
         self._envs_of_ranks = [stop - start for start, stop in pairwise(bounds)]
-        self._envs = range(bounds[cluster.rank], bounds[cluster.rank + 1])  # this rank's, in the whole vector
+        self._envs = range(bounds[cluster.rank], bounds[cluster.rank + 1])  # this rank's, numbered over all ranks
         threshold = settings.ppo.preemption_threshold
-        self._race = RolloutPreemption(cluster) if threshold is not None and cluster.size > 1 else None
-        self._enough = math.ceil((threshold or 1.0) * cluster.size)  # ranks that make the others stop
-        self._current: NDArray[Any] | None = None  # observations; None: to begin anew
+        self._preemption = RolloutPreemption(cluster) if threshold is not None and cluster.size > 1 else None
+        self._num_to_preempt = math.ceil((threshold or 1.0) * cluster.size)  # finished ranks that stop the others
+        self._current: NDArray[Any] | None = None  # observations; None: reset the environments first
         self._returns = np.zeros(len(self._envs))
         self._lengths = np.zeros(len(self._envs))
         self.epoch = 0
         self.consumed = 0
 
     def position_after(self, num_updates: int) -> tuple[int, int]:
-        """After an update still in its epoch, as after the last batch of a data set: the evaluation is yet to come."""
+        """Compute (epoch, consumed) after `num_updates`: still in the last update's epoch, before its evaluation."""
         return max(num_updates - 1, 0), min(num_updates, 1)
 
     def after_checkpoint(self) -> None:
+        """Reset the environments before the next rollout, as a resumed run would."""
         self._current = None
 
     def rest_of_epoch(self) -> Iterator[Rollout]:
-        """Collective: one rollout, unless it is consumed."""
+        """Collective: yield the rollout of this epoch, unless it is consumed."""
         if not self.consumed:
             self._cluster.recorder.enter("steps of the environments", self.epoch + 1)
             with torch.no_grad(), evaluating(self._model):
@@ -136,14 +138,14 @@ class Rollouts:
         drawn = np.stack([self._actions.noise(generator, num_steps) for generator in generators], axis=1)
         noise = torch.from_numpy(drawn).to(self._cluster.device, self._dtype)
         if self._current is None:
-            self._begin_anew(update)
+            self._reset(update)
         observations: list[Tensor] = []
         actions: list[Tensor] = []
         outputs: list[Tensor] = []
         steps: list[Step] = []
         episodes = np.zeros(3)
         for index in range(num_steps):
-            if self._must_stop(index):
+            if self._is_preempted(index):
                 break
             self._cluster.recorder.beat()
             observations.append(self._to_device(self._current))
@@ -169,7 +171,7 @@ class Rollouts:
         num_done = len(steps)
         return Rollout(
             update,
-            self._race.finish(num_done) if self._race else [num_done] * self._cluster.size,
+            self._preemption.finish(num_done) if self._preemption else [num_done] * self._cluster.size,
             self._envs_of_ranks,
             torch.stack(observations),
             torch.stack(actions),
@@ -181,20 +183,20 @@ class Rollouts:
             torch.from_numpy(episodes).to(self._cluster.device),
         )
 
-    def _begin_anew(self, update: int) -> None:
+    def _reset(self, update: int) -> None:
         seed = self._settings.seed
         self._current = self._environments.begin([update_seed(seed, update, env) % 2**31 for env in self._envs])
         self._returns[:] = 0
         self._lengths[:] = 0
 
-    def _must_stop(self, num_done: int) -> bool:
-        """Enough other ranks have finished, and this one has done the least (Wijmans et al. 2020, section 3)."""
-        if self._race is None or num_done < LEAST_SHARE * self._settings.ppo.num_steps:
+    def _is_preempted(self, num_done: int) -> bool:
+        """Whether enough other ranks have finished and this one has enough steps (Wijmans et al. 2020, section 3)."""
+        if self._preemption is None or num_done < MIN_SHARE * self._settings.ppo.num_steps:
             return False
-        return self._race.num_finished() >= self._enough
+        return self._preemption.num_finished() >= self._num_to_preempt
 
     def _count(self, step: Step) -> NDArray[np.float64]:
-        """The episodes that end with `step`: returns, lengths and how many."""
+        """Sum returns and lengths of the episodes that end with `step`, and count them: (3,)."""
         self._returns += step.rewards
         self._lengths += 1
         ended = step.terminated | step.truncated

@@ -1,4 +1,4 @@
-"""Who has finished a piece of work first: told by messages, while the others are still at it."""
+"""Preemption of slow ranks (Wijmans et al. 2020): ranks tell each other by messages when their rollout is complete."""
 
 from lockstep.comm.ranks import Ranks
 
@@ -6,26 +6,29 @@ TAG = 4
 
 
 class RolloutPreemption:
-    """One round after the other: each rank works, asks now and then how many have finished, and finishes."""
+    """Counts, round by round, the ranks that have finished, while the others still work.
+
+    In each round a rank works, calls `num_finished` now and then, and in the end calls `finish` once.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._results: dict[int, int] = {}
 
     def num_finished(self) -> int:
-        """How many other ranks have finished this round, as far as is known here. Not a collective, and no wait."""
+        """Count the other ranks that are known to have finished this round. Not a collective, and does not wait."""
         while self._ranks.has_message(TAG):
             self._receive()
         return len(self._results)
 
     def finish(self, result: int) -> list[int]:
-        """Collective: tell all others, wait for them, and give every rank's result, in the order of the ranks.
+        """Collective: send `result` to all other ranks and wait for theirs; returns all results by rank.
 
-        The next round must begin with another collective, so that no message of it comes too early.
+        Another collective must come before the next round, so that none of its messages arrives in this one.
         """
         others = [rank for rank in range(self._ranks.size) if rank != self._ranks.rank]
         sent = [self._ranks.begin_send_object(result, rank, TAG) for rank in others]
-        with self._ranks.recorder.waiting("the others' finish"):
+        with self._ranks.recorder.waiting("the other ranks to finish"):
             while len(self._results) < len(others):
                 self._receive()
         for wait in sent:

@@ -1,4 +1,4 @@
-"""What is learned: the contract between the training loop and a task."""
+"""The interface between the trainer and a task: model, loader, loss and evaluation."""
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -19,11 +19,11 @@ Forward = Callable[[Tensor], Tensor | None]
 
 
 class WorkItem(Protocol):
-    """What one update learns from: this rank's part of it."""
+    """This rank's samples of one update."""
 
     @property
     def ids(self) -> Ids:
-        """Which samples of a data set these are, for the ledger; none where there is no data set."""
+        """Numbers of the samples in the data set, for the sample ledger; empty if there is no data set."""
         ...
 
     @property
@@ -33,16 +33,16 @@ class WorkItem(Protocol):
 
     @property
     def global_size(self) -> int:
-        """Samples, over all ranks."""
+        """Number of samples over all ranks."""
         ...
 
 
 class Loader(Protocol):
-    """Yields the work items, with a position to go on from.
+    """Yields work items and has a position from which a run can resume.
 
     Attributes:
-        epoch: that the next work item belongs to.
-        consumed: how much of that epoch has been given away.
+        epoch: the epoch of the next work item.
+        consumed: how much of that epoch has been yielded, over all shards.
     """
 
     epoch: int
@@ -50,53 +50,55 @@ class Loader(Protocol):
 
     @property
     def num_samples(self) -> int:
-        """Samples of the data set; 0 where there is none."""
+        """Number of samples of the data set; 0 if there is none."""
         ...
 
     @property
     def updates_per_epoch(self) -> int: ...
 
     def position_after(self, num_updates: int) -> tuple[int, int]:
-        """(epoch, consumed) after so many updates from the very beginning."""
+        """Compute (epoch, consumed) after `num_updates` updates since the start of the run."""
         ...
 
     def rest_of_epoch(self) -> Iterator[Any]:
-        """Collective: the units that are left of the epoch; then the position is the next epoch."""
+        """Collective: yield the remaining work items of the epoch, then move the position to the next epoch."""
         ...
 
     def after_checkpoint(self) -> None:
-        """A checkpoint has been taken: what it does not hold begins anew, so that going on from it is exact."""
+        """Called after each checkpoint: reset any state that it does not hold, so that resuming from it is exact."""
         ...
 
 
 class Evaluation(Protocol):
-    """How a model does, over all ranks; as text for people."""
+    """The result of an evaluation over all ranks; `str` gives one line for people."""
 
     @property
     def scores(self) -> dict[str, float]:
-        """What goes into metrics.jsonl and summary.json, by name; the first is the one by which runs are compared."""
+        """Scores by name, for metrics.jsonl and summary.json; runs are compared by the first one."""
         ...
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many samples or episodes the scores are of, for summary.json."""
+        """The number of evaluated samples or episodes, by name, for summary.json."""
         ...
 
     @property
     def details(self) -> dict[str, Any]:
-        """What evaluation.json has beside the scores."""
+        """Further results for evaluation.json."""
         ...
 
 
 class Task(ABC):
-    """Builds the model, yields the next work item, gives the loss and evaluates. It is a strategy's `Objective`.
+    """Builds the model and the loader, computes the loss and evaluates.
+
+    By `outputs` and `loss_sum` it implements `Objective`, which is what strategies minimise.
 
     Attributes:
-        samples: what is counted, for people.
-        num_metric_sums: numbers that an update adds up on each rank.
-        curves: names in metrics.jsonl that are worth a picture.
+        samples: plural name of what is learned from, such as images, for messages.
+        num_metric_sums: number of metric sums of an update.
+        curves: names in metrics.jsonl that are plotted at the end of a run.
         cluster, settings: of the run.
-        dtype: of parameters.
+        dtype: data type of the parameters.
     """
 
     samples: ClassVar[str]
@@ -109,16 +111,16 @@ class Task(ABC):
         self._in_bf16 = settings.precision == "bf16"
         self.dtype = torch.float32 if self._in_bf16 else getattr(torch, settings.precision)
         self._layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on GPUs too
+        torch.backends.cudnn.allow_tf32 = False  # float32 stays float32 on GPUs
 
     # -- the model -------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """The network block by block, on this rank's device and of the run's data type: the same at every call."""
+        """Build the network block by block, on this rank's device and in the run's data type; equal at every call."""
 
     def build_model(self) -> nn.Module:
-        """The whole network."""
+        """Build the whole network."""
         model = nn.Sequential(OrderedDict(self.model_blocks()))
         if self.settings.model.compile:
             model.compile()
@@ -126,10 +128,10 @@ class Task(ABC):
 
     @abstractmethod
     def example_inputs(self, num_samples: int) -> Tensor:
-        """Inputs (n, ...) of up to `num_samples` samples, as the model takes them."""
+        """Return example inputs (n, ...) of the model for up to `num_samples` samples."""
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """What `model`, or one of its blocks, makes of `inputs` (n, ...), in the run's precision."""
+        """Apply `model`, or one of its blocks, to `inputs` (n, ...) in the run's precision."""
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=self._layout)
         if self._in_bf16:
@@ -139,26 +141,26 @@ class Task(ABC):
 
     @abstractmethod
     def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss summed over `batch`, and its metric sums (num_metric_sums,) float64."""
+        """Compute the loss summed over `batch`, and its metric sums (num_metric_sums,) float64."""
 
     # -- learning --------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def num_epochs(self) -> int:
-        """Of the run."""
+        """Number of epochs of the run."""
 
     @property
     @abstractmethod
     def evaluate_every(self) -> int:
-        """Epochs between two evaluations; 0: only after the last."""
+        """Number of epochs between two evaluations; 0 for only one after the last epoch."""
 
     @abstractmethod
     def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> Loader:
-        """One shard of the work.
+        """Build the loader of one data shard.
 
         Args:
-            strategy: where the model is, for work that it takes part in.
+            strategy: gives the model to loaders that need it, such as those that collect rollouts.
         """
 
     def learn(self, item: Any, strategy: Strategy, seed: int, before_step: Callable[[], None] | None = None) -> Tensor:
@@ -171,35 +173,35 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
-        """The means that metric sums over all ranks stand for, by name; empty if they count nothing."""
+        """Compute scores by name from metric sums over all ranks; empty if no sample was counted."""
 
     @abstractmethod
     def line(self, epoch: int, item: Any, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
-        """A log line for people.
+        """Format a log line for people.
 
         Args:
-            num_samples: of the run so far, over all ranks.
-            mean: the scores since the line before.
-            last: those of the last update alone.
+            num_samples: samples of the run so far, over all ranks.
+            mean: scores since the line before.
+            last: scores of the last update alone.
         """
 
     @abstractmethod
     def immutable_settings(self, loader: Any, num_shards: int) -> dict[str, Any]:
-        """What a run cannot change when it goes on, beside what holds for every task."""
+        """Return this task's settings and derived values that a resumed run cannot change."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
-        """Collective: how the model does, divided over the shards, each sample or episode once.
+        """Collective: evaluate the model on samples or episodes that are divided over the shards, each once.
 
         Args:
-            model: what is in evaluation mode meanwhile.
-            forward: the model's outputs for inputs; None where another rank of the same shard has them.
+            model: the model, or this rank's part of it, to be put into evaluation mode.
+            forward: computes the model's outputs for inputs, or None if another rank of the same shard has them.
         """
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside, and running statistics in place of the batch's."""
+    """Put `model` into evaluation mode inside the `with` block."""
     was_training = model.training
     model.eval()
     yield

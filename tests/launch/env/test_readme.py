@@ -1,4 +1,4 @@
-"""The README's first command, to the letter; those of all pages are in test_pages.py."""
+"""The README's first command; test_pages.py has the commands of all pages."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def test_check_build_ticks_what_is_needed() -> None:
 
 
 def test_an_activated_shell_needs_no_env_run(tmp_path: Path) -> None:
-    """`source env/activate`, in a shell that has not got the environment yet."""
+    """`source env/activate`, in a new shell without the environment."""
     finished = launch(f"source {shlex.quote(str(ROOT))}/env/activate && lockstep train --print_config", cwd=tmp_path)
     assert finished.returncode == 0, finished.output
     assert "num_epochs: " in finished.stdout

@@ -1,4 +1,4 @@
-"""The whole build, from nothing, as an ordinary user and on the system's own Python: several minutes, 3 GB to fetch."""
+"""The whole build from nothing, as an ordinary user with the system's Python: several minutes, 3 GB of downloads."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ KEPT = ("PIP_", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PR
 @pytest.mark.timeout(3300)
 @pytest.mark.skipif(not SYSTEM.exists(), reason=f"there is no {SYSTEM}")
 def test_the_first_command_from_a_fresh_clone_as_an_ordinary_user() -> None:
-    """Nothing is there that root or an earlier build has made: no home, no cache, no module, no Python but Debian's."""
+    """Start from nothing that root or an earlier build has made: no home, cache or module, only Debian's Python."""
     with tempfile.TemporaryDirectory(prefix="lockstep-first-") as name:  # which, unlike pytest's, others may enter
         folder = Path(name)
         clone = folder / "a clone"

@@ -1,4 +1,4 @@
-"""Settings that make a run faster: it still learns, and says where it computes."""
+"""Settings for speed: the run still learns, and prints its CPUs."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
 
 
 def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: Path) -> None:
-    """Twenty updates in float64 without dropout, whose random numbers the compiler draws in another way."""
+    """Twenty updates in float64, without dropout, since compiled models draw other random numbers."""
     quick = "--data.name synthetic --data.num_samples 160 --data.batch_size 16 --num_epochs 2 --evaluate_every 0"
     exact = "--precision float64 --model.dropout1 0 --model.dropout2 0 --checkpoint.interval 0"
     for name in ("true", "false"):

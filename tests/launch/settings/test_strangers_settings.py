@@ -1,4 +1,4 @@
-"""Another user of the same machine leaves settings that run a script of theirs; the victim's commands, as typed."""
+"""Settings of another user that would run their script: the victim's commands refuse them."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that both reach; the victim's own is in it."""
+    """Make a folder that both users can reach, with a folder of the victim in it."""
     with tempfile.TemporaryDirectory(prefix="strangers-") as name:
         place = Path(name)
         place.chmod(0o755)
@@ -38,7 +38,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def attack(place: Path) -> dict[str, Path]:
-    """The stranger's script, its mark, and settings that run it as a data set."""
+    """Write the other user's script, which creates a file, and settings that would run it as a data set."""
     script, mark, settings = place / "script", place / "victim" / "mark", place / "theirs" / "settings.yaml"
     settings.parent.mkdir()
     script.write_text(f"#!/bin/sh\nid -u > {mark}\n")
@@ -90,7 +90,7 @@ def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], 
     finished = _as_victim(_commands(attack)[way], place)
     assert not attack["mark"].exists(), finished.output
     assert finished.returncode == SETTINGS, finished.output
-    assert f"is the word of nobody (uid {STRANGER})" in finished.stderr, finished.output
+    assert f"comes from nobody (uid {STRANGER})" in finished.stderr, finished.output
     assert "data.name: subprocess.call" in finished.stderr, finished.output
     assert "--trust true" in finished.stderr, finished.output
     assert "Traceback" not in finished.output
@@ -162,7 +162,11 @@ def test_what_a_name_gives_is_of_its_kind(tmp_path: Path, settings: str, code: i
 
 @pytest.mark.parametrize(
     ("owner", "mode", "told"),
-    [(0, 0o644, "has 1 rows"), (STRANGER, 0o644, "not your word alone"), (0, 0o646, "not your word alone")],
+    [
+        (0, 0o644, "has 1 rows"),
+        (STRANGER, 0o644, "may be written by other users"),
+        (0, 0o646, "may be written by other users"),
+    ],
 )
 def test_rows_of_a_sweep_are_the_users_word(tmp_path: Path, owner: int, mode: int, told: str) -> None:
     rows = tmp_path / "rows.txt"

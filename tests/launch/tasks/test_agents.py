@@ -1,4 +1,4 @@
-"""Agents that act, by the programs as users start them."""
+"""PPO by the programs as users start them."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def _summary(run: Path) -> dict[str, float]:
 
 
 def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
-    """The page's first line: at least 475 over 100 seeded episodes. Then the merged policy alone, on two ranks."""
+    """The first command of docs/agents.md: at least 475 over 100 episodes. Then the merged policy, on two ranks."""
     command, *_, evaluate = [line.split("  #")[0] for line in block_of(DOC, "bash", "env/run horovodrun").splitlines()]
     trained = launch(f"{command} --run_dir {tmp_path}/run", timeout_seconds=180)
     assert trained.returncode == 0, trained.output
@@ -38,7 +38,7 @@ def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
 
 
 def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
-    """The page's example, to the letter; it is learned: the way to the light is 6 steps, 5 of which cost 0.05."""
+    """The example of docs/agents.md learns: the way to the light is 6 steps, 5 of which cost 0.05."""
     (tmp_path / "my_world.py").write_text(block_of(DOC, "python", "# my_world.py"))
     for name in ("app", "env"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""Agents that see, by the programs as users start them."""
+"""Image classification by the programs as users start them."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ def _workers() -> set[int]:
 
 
 def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> None:
-    """Augmented and mixed; each image once an epoch; and no worker is left."""
+    """With augmentation and mixup: each image once an epoch, and no leftover worker process."""
     _make_folder(tmp_path / "images")
     before = _workers()
     settings = f"{FOLDER} --data.augmentation resized_crop --data.num_workers 2 --data.mixup 0.2 --checks.ledger true"
@@ -64,7 +64,7 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
 
 
 def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
-    """The page's example, to the letter."""
+    """The example of docs/vision.md."""
     (tmp_path / "my_shapes.py").write_text(block_of(DOC, "python", "# my_shapes.py"))
     for name in ("app", "env"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -242,4 +242,4 @@ def test_a_script_is_nobodys_own(script: Path) -> None:
 def test_a_script_that_is_not_submitted_says_how(script: Path) -> None:
     done = subprocess.run(["bash", script], cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode == 2
-    assert done.stderr == f"slurm: this is no Slurm job: sbatch slurm/{script.name}\n"
+    assert done.stderr == f"slurm: this is not a Slurm job: sbatch slurm/{script.name}\n"

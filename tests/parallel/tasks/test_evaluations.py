@@ -16,7 +16,7 @@ from tests.parallel.training.test_resume import _run as run
 
 
 class KilledAtCheckpoint(TrainerHook):
-    """As soon as the checkpoint is there, before anything else is done."""
+    """Raised as soon as the checkpoint exists, before anything else is done."""
 
     def __init__(self, step: int) -> None:
         self._step = step

@@ -1,4 +1,4 @@
-"""An agent that acts, over real ranks."""
+"""PPO over real ranks."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def _build(cluster: Cluster, settings: Settings, folder: Path, resume: bool = Fa
 
 
 def _run(cluster: Cluster, settings: Settings, folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor], str]:
-    """What was logged, the model and optimizer at the end, and the evaluation."""
+    """Train; return the logged metrics, the final model and optimizer state, and the evaluation."""
     trainer = _build(cluster, settings, folder)
     evaluation = trainer.train()
     lines = (folder / "metrics.jsonl").read_text().splitlines() if cluster.is_root else []
@@ -52,7 +52,7 @@ def _run(cluster: Cluster, settings: Settings, folder: Path) -> tuple[list[dict[
 def test_two_ranks_do_what_one_does_with_the_same_environments(
     cluster: Cluster, tmp_path: Path, settings: Settings
 ) -> None:
-    """5 environments on 2 ranks: 2 and 3. The statistics of every update, the weights, the evaluation."""
+    """5 environments, on 2 ranks 2 and 3: statistics of every update, weights and evaluation are the same."""
     folder = cluster.on_root(lambda: tmp_path)
     lines, values, evaluation = _run(cluster, settings, folder / "together")
     alone_lines, alone_values, alone_evaluation = _run(Cluster.alone(), settings, folder / f"alone-{cluster.rank}")
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_never_stopped(clus
     folder = cluster.on_root(lambda: tmp_path)
     _, never, never_evaluation = _run(cluster, SETTINGS, folder / "never")
     stopped = _build(cluster, SETTINGS, folder / "stopped")
-    for _ in range(3):  # one more than the checkpoint holds
+    for _ in range(3):  # one more than at the checkpoint
         stopped.update(next(stopped.loader.rest_of_epoch()))
         stopped.loader.epoch = stopped.progress.step
     stopped.writer.wait()
@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_never_stopped(clus
 def test_an_evaluation_that_was_due_at_the_checkpoint_is_made_by_the_one_who_goes_on(
     cluster: Cluster, tmp_path: Path, num_done: int
 ) -> None:
-    """Killed between the checkpoint and the evaluation of the same update: one record of each, as without a stop."""
+    """Killed between the checkpoint and the evaluation of an update: each record once, as without a stop."""
     folder = cluster.on_root(lambda: tmp_path)
     settings = replace(SETTINGS, evaluate_every=1, checkpoint=CheckpointSettings(interval=1))
     never, *_ = _run(cluster, settings, folder / "never")
@@ -133,21 +133,21 @@ def test_all_ranks_end_an_update_together_when_the_policy_has_gone_too_far(clust
 
 @pytest.mark.world_size(3)
 def test_a_race_tells_who_has_finished(cluster: Cluster) -> None:
-    race = RolloutPreemption(cluster)
+    preemption = RolloutPreemption(cluster)
     for round_ in range(3):
         cluster.barrier()
         if cluster.rank == 2:
-            while race.num_finished() < 2:
+            while preemption.num_finished() < 2:
                 pass
         else:
-            assert race.num_finished() <= 1
-        assert race.finish(10 * round_ + cluster.rank) == [10 * round_, 10 * round_ + 1, 10 * round_ + 2]
+            assert preemption.num_finished() <= 1
+        assert preemption.finish(10 * round_ + cluster.rank) == [10 * round_, 10 * round_ + 1, 10 * round_ + 2]
     cluster.barrier()
 
 
 @pytest.mark.world_size(2)
 def test_a_slow_rank_is_preempted_and_what_it_did_counts_once(cluster: Cluster, tmp_path: Path) -> None:
-    """Rank 1 does no more than a quarter of its steps: each is weighed as the other rank's are."""
+    """Rank 1 collects only a quarter of its steps; each step has the same weight as one of the other rank."""
     folder = cluster.on_root(lambda: tmp_path)
     settings = replace(SETTINGS, ppo=replace(SETTINGS.ppo, preemption_threshold=0.5))
     trainer = _build(cluster, settings, folder / "preempted")
@@ -156,7 +156,7 @@ def test_a_slow_rank_is_preempted_and_what_it_did_counts_once(cluster: Cluster, 
     if cluster.rank == 1:
 
         def slow(actions: object) -> object:
-            np.random.default_rng(0).random(3_000_000)  # busy, not asleep: as an environment is
+            np.random.default_rng(0).random(3_000_000)  # busy like an environment, not asleep
             return step(actions)
 
         environments.step = slow

@@ -1,4 +1,4 @@
-"""The data sets: real digits that need no network, MNIST's errors, synthetic images."""
+"""Data sets: the included digits, downloads and their errors, synthetic images."""
 
 import os
 import pickle
@@ -44,7 +44,7 @@ def test_a_missing_digits_file_is_told_with_its_fix(monkeypatch: pytest.MonkeyPa
 
 
 def _write_mnist(folder: Path, num_samples: int) -> None:
-    """A tiny MNIST in the real files' format."""
+    """Write a tiny MNIST in the format of the real files."""
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):
         pixels = np.arange(num_samples * 784, dtype=np.uint32).astype(np.uint8)
@@ -67,7 +67,7 @@ def test_damaged_mnist_is_told(content: bytes, tmp_path: Path) -> None:
     _write_mnist(tmp_path / "MNIST" / "raw", num_samples=12)
     for file in (tmp_path / "MNIST" / "raw").iterdir():
         file.write_bytes(content)
-    download("mnist", tmp_path)  # the files are there: nothing to fetch
+    download("mnist", tmp_path)  # the files are there: no download
     with pytest.raises(DataError, match="damaged"):
         load("mnist", tmp_path, train=True)
 
@@ -87,7 +87,7 @@ def test_synthetic_images_can_be_learned_and_are_always_the_same() -> None:
 
 
 class _Runs:
-    """What makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -97,7 +97,7 @@ class _Runs:
 
 
 def test_of_cifars_pickles_only_arrays_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As whoever owns the files may change them once their MD5 was found right."""
+    """The owner of the files could change them after the check of their MD5."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -106,6 +106,6 @@ def test_of_cifars_pickles_only_arrays_are_taken(tmp_path: Path, monkeypatch: py
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}, protocol=2))
     assert load("cifar10", tmp_path, train=False).images.flatten().tolist() == images.flatten().tolist()
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": _Runs(tmp_path / "mark")}, protocol=2))
-    with pytest.raises(DataError, match=r"mkdir, which is nothing of CIFAR's"):
+    with pytest.raises(DataError, match=r"mkdir, which CIFAR's files do not need"):
         load("cifar10", tmp_path, train=False)
     assert not (tmp_path / "mark").exists()

@@ -1,4 +1,4 @@
-"""Images on their way to a model: augmented, mixed, read from folders and from a user's own data set."""
+"""Image pipelines: augmentation, mixup, folders of images, a user's own data set."""
 
 import sys
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def _by_id(batches: list[LabelledBatch]) -> dict[int, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of 8 + 3 images, of several sizes; the pixel's brightness tells which."""
+    """Write two classes of 8 + 3 images of several sizes; the brightness identifies an image."""
     for part, count in (("train", 8), ("val", 3)):
         for label, name in enumerate(("dark", "light")):
             (tmp_path / part / name).mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_a_folder_is_read_with_and_without_workers(folder: Path, num_workers: in
         for batch in batches:
             assert batch.inputs.shape == (len(batch.ids), 3, 16, 16)
             assert batch.targets.tolist() == [int(number >= 8) for number in batch.ids.tolist()]
-            brightness = batch.inputs.mean((1, 2, 3))  # one colour: whatever part of the image it is
+            brightness = batch.inputs.mean((1, 2, 3))  # one colour, so that every crop has the same mean
             pixels = torch.tensor([40 + 142 * int(number >= 8) + number for number in batch.ids.tolist()])
             expected = (pixels / 255 - 0.449) / 0.226  # of the means and deviations of three channels
             torch.testing.assert_close(brightness, expected.double(), rtol=0.02, atol=0.02)
@@ -181,7 +181,7 @@ def test_a_data_set_of_ones_own(own: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cifar_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the real files' format; only what torchvision knows of their content is passed over."""
+    """Files in the real format; only torchvision's checks of their content are disabled."""
     import pickle
 
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
@@ -242,7 +242,7 @@ def test_a_resnet_in_blocks_is_torchvisions() -> None:
     ("name", "shape", "message"),
     [
         ("resnet81", (3, 32, 32), "there is no such network: net, vit, resnet18"),
-        ("vit", (1, 30, 30), "30, is no multiple"),
+        ("vit", (1, 30, 30), "30, must be a multiple"),
         ("net", (1, 5, 5), "6 x 6 or more"),
         ("no_such_package.Net", (1, 5, 5), "needs the module no_such_package"),
     ],

@@ -1,4 +1,4 @@
-"""Batches: every sample once an epoch, in an order that no number of shards changes, from any position."""
+"""Batch loader: each sample once an epoch, in an order independent of the number of shards, from any position."""
 
 import numpy as np
 import pytest

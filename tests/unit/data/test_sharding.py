@@ -48,7 +48,7 @@ def test_hash_shards_do_not_depend_on_the_order_of_the_ids() -> None:
 
 
 def test_hash_sharding_is_the_same_on_every_machine_and_for_ever() -> None:
-    """The order by sha256, written out: a change of it would break the resume of every run."""
+    """The explicit order by sha256: a change of it would break the resume of existing runs."""
     assert data_shard(np.arange(8), 0, 2, "hash", seed=0, epoch=0).tolist() == [7, 4, 1, 2]
 
 
@@ -78,7 +78,7 @@ def test_shard_data_keeps_order_and_everything(build: Callable[[list[int]], Any]
 
 @pytest.mark.parametrize("build", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
 def test_equal_shards_do_not_swallow_each_other(build: Callable[[list[int]], Any]) -> None:
-    """In the reference's sketch 4 equal shards have one key, and three quarters of the data are lost."""
+    """With the reference's code, 4 equal shards have one key, and three quarters of the data are lost."""
     shards = shard_data(build([1, 1, 1, 1, 1, 1, 1, 1]), 4)
     assert len(shards) == 4
     assert sum(len(shard) for shard in shards.values()) == 8
@@ -94,7 +94,7 @@ def test_keys_carry_the_sha256_of_the_content() -> None:
 
 
 def test_the_whole_content_counts_and_not_its_printed_form() -> None:
-    """`str` shortens a long tensor to its ends, so the reference's sketch takes these two for the same."""
+    """`str` abbreviates a long tensor, so the reference's code gives these two the same hash."""
     first, second = torch.zeros(5000), torch.zeros(5000)
     second[2500] = 1
     assert str(first) == str(second)

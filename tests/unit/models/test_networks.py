@@ -1,4 +1,4 @@
-"""The networks as lists of blocks, and what is learned of them."""
+"""Networks as lists of blocks."""
 
 from collections import OrderedDict
 from typing import Any

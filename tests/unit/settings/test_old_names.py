@@ -1,4 +1,4 @@
-"""What settings were called before is still read: typed, in the environment, in a file, and in a checkpoint."""
+"""Old names of settings are read from the command line, the environment, a file and a checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path

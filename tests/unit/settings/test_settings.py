@@ -1,4 +1,4 @@
-"""Settings: read from everywhere, checked, told about in one sentence, and read back as they were saved."""
+"""Settings: read from all sources, checked, refused with one sentence, saved and read back."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whose word a settings file is, by what the file system says: files of other users need root to be made."""
+"""Trust in settings files by their owners and modes. Creating files of other users needs root."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package `theirs` that leaves a mark when it is imported; the mark."""
+    """Make a package `theirs` that creates a file when it is imported; returns that file."""
     (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass data: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path / "mark"
@@ -50,7 +50,7 @@ def test_the_users_own_file_is_their_word(write: Write) -> None:
 @pytest.mark.parametrize("owner", [NOBODY, STRANGER])
 def test_a_strangers_file_must_be_trusted_only_if_it_names_code(write: Write, owner: int) -> None:
     source = read_source(write(owner=owner))
-    assert source.strangers == {owner}
+    assert source.other_owners == {owner}
     with pytest.raises(SettingsError, match=rf"uid {owner}.*theirs\.data.*nothing was imported.*--trust true"):
         check_trust(source, CODE, trust=False)
     assert check_trust(source, CODE, trust=True) is None
@@ -60,8 +60,8 @@ def test_a_strangers_file_must_be_trusted_only_if_it_names_code(write: Write, ow
 @needs_root
 def test_what_has_no_known_owner_is_not_even_nobodys(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    assert read_source(write(owner=NOBODY)).strangers == {NOBODY}
-    assert read_source(write(owner=0)).strangers == set()
+    assert read_source(write(owner=NOBODY)).other_owners == {NOBODY}
+    assert read_source(write(owner=0)).other_owners == set()
 
 
 def test_what_everybody_may_write_is_nobodys_word(write: Write) -> None:
@@ -105,12 +105,12 @@ def test_a_link_in_a_folder_of_its_owners_is_their_word(write: Write, tmp_path: 
     (theirs / "latest").symlink_to("..")
     for path in (theirs, theirs / "latest"):
         os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
-    assert read_source(theirs / "latest" / file.name).strangers == {STRANGER}
+    assert read_source(theirs / "latest" / file.name).other_owners == {STRANGER}
 
 
 def test_a_pipe_in_its_place_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "settings.yaml")
-    with pytest.raises(SettingsError, match="no file"):
+    with pytest.raises(SettingsError, match="not a file"):
         load_settings(tmp_path / "settings.yaml")
 
 
@@ -131,7 +131,7 @@ def test_names_of_code_are_found_wherever_they_stand(settings: dict[str, object]
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_name_no_code(preset: str) -> None:
-    """So that they need no trust where the clone is another user's."""
+    """So they need no trust, even if the clone belongs to another user."""
     settings, _ = parse_settings(["--config", preset])
     assert not names_of_code(flat_settings(settings))
     assert not names_of_code({"env.options": settings.env.options, "model.options": settings.model.options})
@@ -146,7 +146,7 @@ def test_what_is_typed_is_the_users(write: Write, monkeypatch: pytest.MonkeyPatc
     for typed in ([], ["--trust", "false"], ["--model.name", "theirs.data"]):
         with pytest.raises(SettingsError, match="nothing was imported"):
             parse_settings([*config, *typed])
-    with pytest.raises(SettingsError, match="nothing was imported"):  # where the file has the last word
+    with pytest.raises(SettingsError, match="nothing was imported"):  # the file overrides the environment
         parse_settings(["--data.name", "mine.data", *config])
     monkeypatch.setenv("LOCKSTEP_DATA__NAME", "theirs.data")
     assert parse_settings(config)[0].data.name == "theirs.data"

@@ -1,4 +1,4 @@
-"""Environments as a vector: seeds, ends of episodes, games, and those of a user's own."""
+"""Vectors of environments: seeds, ends of episodes, games, and a user's own environments."""
 
 import sys
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ import numpy as np
 
 
 class Corridor(gym.Env):
-    """Walk to the end: +1 there, and the walk is over; or time is, after `patience` steps."""
+    """Walk to the end, where the reward is 1 and the episode terminates; it is truncated after `patience` steps."""
 
     def __init__(self, length=4, patience=6, render_mode=None):
         self.observation_space = gym.spaces.Box(0, length, (1,), np.float32)
@@ -53,7 +53,7 @@ class Corridor(gym.Env):
 def corridor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EnvSettings]:
     (tmp_path / "my_walks.py").write_text(CORRIDOR)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # which the working folder is put on
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the working folder is added to it
     yield EnvSettings(id="my_walks.Corridor", num_envs=2)
     sys.modules.pop("my_walks", None)
 
@@ -65,7 +65,7 @@ def _always(action: int, num_envs: int = 1) -> np.ndarray:
 def test_an_environment_does_the_same_whichever_are_beside_it() -> None:
     pair, other = Environments(CARTPOLE, 2), Environments(CARTPOLE, 1)
     assert np.array_equal(pair.begin([3, 7])[1], other.begin([7])[0])
-    for _ in range(60):  # through ends of episodes
+    for _ in range(60):  # beyond the ends of episodes
         mine, alone = pair.step(_always(1, 2)), other.step(_always(1))
         assert np.array_equal(mine.observations[1], alone.observations[0])
         assert mine.terminated[1] == alone.terminated[0]
@@ -89,8 +89,8 @@ def test_the_end_of_an_episode_is_told_from_the_end_of_time(corridor: EnvSetting
 
 
 def test_a_value_is_taken_from_where_time_ended_and_not_from_where_the_walk_did(corridor: EnvSettings) -> None:
-    """What follows an action: the value of the last state of a walk that was cut, 0 after one that has ended, and at
-    the end of the rollout the value of where the walk is.
+    """Next values: that of the last state of a truncated episode, 0 after a terminated one, and that of the present
+    state at the end of the rollout.
     """
     settings = Settings(
         task="ppo", precision="float64", env=corridor, model=ModelSettings(name="mlp"), ppo=PpoSettings(num_steps=40)

@@ -1,4 +1,4 @@
-"""PPO's terms, each against the paper's formula written out plainly."""
+"""The terms of PPO, each compared with a direct implementation of the paper's formula."""
 
 import math
 
