@@ -15,7 +15,6 @@ import psutil
 from horovod.common.elastic import State, run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
-from lockstep.comm.ranks import Ranks
 from lockstep.comm.stop import HOSTS_CHANGED, StopRequests, StopVote
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 
@@ -57,8 +56,8 @@ class HostUpdates(State):  # type: ignore[misc]
 class GenerationVote(StopVote):
     """A vote that also ends the work of a generation, when hosts have come or gone."""
 
-    def __init__(self, ranks: Ranks, requests: StopRequests, end_time: float | None, hosts: HostUpdates) -> None:
-        super().__init__(ranks, requests, end_time)
+    def __init__(self, cluster: Cluster, requests: StopRequests, end_time: float | None, hosts: HostUpdates) -> None:
+        super().__init__(cluster, requests, end_time)
         self._hosts = hosts
 
     def _wish(self, seconds_to_save: float) -> int:
@@ -90,14 +89,14 @@ def run_elastic(first: Cluster, train: Callable[[Cluster, HostUpdates], None], l
         nonlocal mates
         pin_all_threads(cpus)  # the generation before was another number of ranks
         mates = _on_this_node(cluster.all_gather_object((platform.node(), os.getpid())))
-        train(cluster.settle(), hosts)
+        train(cluster.bind_to_cores(), hosts)
 
     def begin_next_generation() -> None:
         nonlocal cluster
         leave()
         hosts.forget()
         _end_stopped(mates)
-        cluster = cluster.rejoin()
+        cluster = cluster.next_generation()
 
     run_fn(train_one_generation, begin_next_generation)(hosts)
 

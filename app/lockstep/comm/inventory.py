@@ -12,7 +12,7 @@ import torch
 from lockstep import __version__
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.horovod_library import gpu_left_idle, horovod_operations
-from lockstep.comm.ranks import mpi_version
+from lockstep.comm.mpi_library import mpi_version
 from lockstep.runtime.affinity import allowed_cpus, format_cpus
 from lockstep.runtime.hints import this_program
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lockstep.runtime.errors import LockstepError
 
 if TYPE_CHECKING:
-    from lockstep.comm.ranks import Ranks
+    from lockstep.comm.cluster import Cluster
 
 # In a vote the largest number wins: a signal beats the clock, and that beats hosts that come or go (elastic.py).
 HOSTS_CHANGED, END_OF_TIME, SIGNALLED = 1, 2, 3  # the last one plus the signal's number
@@ -48,12 +48,12 @@ class StopVote:
     updates and read at the next, when every rank has long been there.
     """
 
-    def __init__(self, ranks: "Ranks", requests: StopRequests, end_time: float | None) -> None:
+    def __init__(self, cluster: "Cluster", requests: StopRequests, end_time: float | None) -> None:
         """
         Args:
             end_time: when the job ends, in seconds since the epoch.
         """
-        self._ranks = ranks
+        self._cluster = cluster
         self._requests = requests
         self._end_time = end_time
         self._pending: Callable[[], int] | None = None
@@ -73,7 +73,7 @@ class StopVote:
         agreed = self.close()
         if agreed:
             return self._reason_of(agreed)
-        self._pending = self._ranks.begin_max(self._wish(seconds_to_save))
+        self._pending = self._cluster.begin_max(self._wish(seconds_to_save))
         return None
 
     def close(self) -> int:

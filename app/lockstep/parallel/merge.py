@@ -16,7 +16,7 @@ from lockstep.data.sharding import content_hash, shard_bounds
 from lockstep.runtime.errors import ReplicasDifferError
 
 if TYPE_CHECKING:  # to import it for good is to become an MPI process
-    from lockstep.comm.ranks import Ranks
+    from lockstep.comm.cluster import Cluster
 
 ShardedTensors = dict[str, list[Tensor]]
 
@@ -68,7 +68,7 @@ def merge_shards(
 
 
 def merge_on_root(
-    ranks: "Ranks",
+    cluster: "Cluster",
     meta_state: Mapping[str, Tensor],
     part_of: Callable[[str], Tensor],
     write: Callable[[str, Tensor], None] | None,
@@ -86,12 +86,12 @@ def merge_on_root(
     """
     for name, tensor in meta_state.items():
         mine = part_of(name).to(tensor.dtype)
-        vouched = ranks.all_gather_object(content_hash(mine))
-        parts = ranks.gather_parts(mine)
+        vouched = cluster.all_gather_object(content_hash(mine))
+        parts = cluster.gather_parts(mine)
         for rank, (part, of_rank) in enumerate(zip(parts, vouched, strict=False)):
             if content_hash(part) != of_rank:
                 raise ReplicasDifferError(f"the merge of {name}: the part that came from rank {rank} is another")
-        if ranks.is_root and write:
+        if cluster.is_root and write:
             write(name, merge_shards({name: parts}, meta_state={name: tensor})[name])
 
 

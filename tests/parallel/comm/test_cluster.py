@@ -48,17 +48,6 @@ def test_sum_adds_over_ranks_in_place(cluster: Cluster, dtype: torch.dtype) -> N
     assert tensor.tolist() == [0, 6, 12, 18, 24]
 
 
-@pytest.mark.world_size(3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
-def test_gather_parts_keeps_order_length_and_type(cluster: Cluster, dtype: torch.dtype) -> None:
-    parts = cluster.gather_parts(torch.full((cluster.rank,), cluster.rank, dtype=dtype))
-    if cluster.is_root:
-        assert [part.tolist() for part in parts] == [[], [1], [2, 2]]
-        assert {part.dtype for part in parts} == {dtype}
-    else:
-        assert parts == []
-
-
 @pytest.mark.world_size(2)
 def test_compute_threads_share_the_cores(cluster: Cluster) -> None:
     import os
