@@ -21,13 +21,13 @@ from lockstep.comm.gloo_backend import GlooBackend
 from lockstep.comm.horovod_library import start_horovod
 from lockstep.comm.messages import Messages
 from lockstep.comm.mpi_backend import MpiBackend
-from lockstep.comm.rendezvous import find_place, is_elastic, place_is_known
+from lockstep.comm.rendezvous import is_elastic, rank_from_environment, wait_for_workers
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 from lockstep.runtime.devices import bind_to_cores, check_gpus, choose_device, gpu_name
 from lockstep.runtime.errors import ExitCode, SettingsError
 from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.runtime.installation import read_installation
-from lockstep.runtime.launcher import check_launcher, detect_launcher, remark_on
+from lockstep.runtime.launcher import check_launcher, detect_launcher, missing_launcher_warning
 from lockstep.runtime.memory import keep_freed_memory
 
 
@@ -54,7 +54,7 @@ class Cluster(Collectives):
         num_mpi_ranks = MPI.COMM_WORLD.size
         launcher = detect_launcher(os.environ)
         check_launcher(launcher, num_mpi_ranks, mpi_version(), read_installation().mpirun)
-        if remark := remark_on(launcher, num_mpi_ranks):
+        if remark := missing_launcher_warning(launcher, num_mpi_ranks):
             print(remark, file=sys.stderr, flush=True)
         return Cluster._start_gloo() if launcher.is_gloo else Cluster._start_mpi()
 
@@ -79,7 +79,7 @@ class Cluster(Collectives):
     def _start_gloo() -> "Cluster":
         elastic = is_elastic()
         if elastic:
-            find_place()
+            wait_for_workers()
         local_rank = int(os.environ["HOROVOD_LOCAL_RANK"])
         # The other ranks cannot be asked before Horovod runs: assume that all ranks of a node see the same GPUs.
         device = choose_device(lambda mine: [mine] * (local_rank + 1), local_rank, with_gpus=hvd.nccl_built())
@@ -96,8 +96,8 @@ class Cluster(Collectives):
             SystemExit: the others go on without this worker.
         """
         self.backend.disconnect()
-        find_place(asks=True)
-        with place_is_known():
+        wait_for_workers(needs_rank=True)
+        with rank_from_environment():
             backend = GlooBackend(lambda: start_horovod(self.device))
         return replace(self, backend=backend, recorder=FlightRecorder())
 

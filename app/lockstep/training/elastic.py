@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.elastic import CUT_SHORT
+from lockstep.comm.elastic import GENERATION_ENDED
 from lockstep.comm.rendezvous import job_name
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
@@ -62,8 +62,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """Where one worker stands, without the tensors: its trainer's `position`, their shapes and types."""
+class _WorkerState:
+    """How far one worker has got, without its tensors: its trainer's `position`, their shapes and types."""
 
     position: dict[str, Any]
     metric_sums: list[float]
@@ -92,43 +92,43 @@ class ElasticState:
 
     def take_over(self, cluster: Cluster) -> InMemoryCheckpoint | None:
         """Collective: what the new generation goes on from; None if no worker has got as far as having a model."""
-        stands = cluster.all_gather_object(self._stand())
-        steps = [stand.step if stand else -1 for stand in stands]
+        states = cluster.all_gather_object(self._worker_state())
+        steps = [state.step if state else -1 for state in states]
         leader = steps.index(max(steps))
-        stand = stands[leader]
-        if stand is None:
+        best = states[leader]
+        if best is None:
             return None
         if leader == cluster.rank and self.trainer:
             tensors = {name: part.values for name, part in self.trainer.strategy.state().items()}
         else:
-            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stand.layout.items()}
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in best.layout.items()}
         if leader != 0:
             cluster.broadcast_parameters(tensors, root=leader)  # rank 0 is where everybody else takes it from
         run = self.run
         assert run
         counters = {
-            **stand.position,
-            "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, stand.step)),
+            **best.position,
+            "metrics_mark": cluster.on_root(lambda: mark_after(run.folder.metrics, best.step)),
             # What the lost have counted since the last log line is lost with them.
-            "metric_sums_of_ranks": [other.metric_sums if other else None for other in stands],
+            "metric_sums_of_ranks": [other.metric_sums if other else None for other in states],
         }
-        return InMemoryCheckpoint(tensors, stand.step, counters)
+        return InMemoryCheckpoint(tensors, best.step, counters)
 
     def leave(self) -> None:
         """Leave a generation that is no more: finish or give up what was being written, and put the model back to where
         it was after the last update that was done.
         """
         if self.trainer:
-            with contextlib.suppress(StorageError, *CUT_SHORT):
+            with contextlib.suppress(StorageError, *GENERATION_ENDED):
                 self.trainer.writer.wait()
             self.trainer.strategy.forget_changes()
 
-    def _stand(self) -> _Stand | None:
+    def _worker_state(self) -> _WorkerState | None:
         if self.trainer is None:
             return None
         state = self.trainer.strategy.state()
         layout = {name: (part.values.shape, part.values.dtype) for name, part in state.items()}
-        return _Stand(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
+        return _WorkerState(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
 
 
 def check_elastic(settings: Settings) -> None:

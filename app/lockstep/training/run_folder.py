@@ -152,11 +152,11 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def withdraw_conclusions(self) -> None:
-        """What an earlier attempt has concluded no longer stands: the run goes on."""
+    def remove_results(self) -> None:
+        """Delete the summary and the evaluation of an earlier attempt: the run goes on."""
         with storage_errors():
-            for conclusion in (SUMMARY, EVALUATION):
-                (self.path / conclusion).unlink(missing_ok=True)
+            for name in (SUMMARY, EVALUATION):
+                (self.path / name).unlink(missing_ok=True)
 
     def begin(self, settings: Settings, environment: Mapping[str, Any], update: int = 0) -> None:
         """Record what this attempt, which goes on after `update` updates, runs with, and what it has changed."""

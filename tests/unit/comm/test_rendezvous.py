@@ -10,7 +10,7 @@ from horovod.runner.common.util import secret
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
 from lockstep.comm import rendezvous
-from lockstep.comm.rendezvous import call_off, find_place, is_elastic, place_is_known, seconds_to_meet
+from lockstep.comm.rendezvous import cancel_run, is_elastic, join_seconds, rank_from_environment, wait_for_workers
 
 SIZE = 3
 
@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RendezvousHTTPServer]:
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rendezvous, "SECONDS_TO_ANSWER", 1.0)
+    monkeypatch.setattr(rendezvous, "READY_SECONDS", 1.0)
     yield server
     server.shutdown()
     server.server_close()
@@ -69,7 +69,7 @@ def _others_say(server: RendezvousHTTPServer, *words: str) -> None:
 
 def test_it_has_met_when_all_are_here_and_ready(server: RendezvousHTTPServer) -> None:
     _others_say(server, "here", "ready")
-    find_place()
+    wait_for_workers()
     assert {"here1", "ready1"} <= set(server.cache["lockstep"])
     assert _Driver.num_asked == 0
 
@@ -80,7 +80,7 @@ def test_without_those_who_do_not_come_all_meet_again(
 ) -> None:
     _others_say(server, *words)
     _Driver.answers = ("0,1,1,1,0,1",)
-    find_place()
+    wait_for_workers()
     assert "rank 0 did not come" in capsys.readouterr().err
     assert (os.environ["HOROVOD_RANK"], os.environ["HOROVOD_SIZE"]) == ("0", "1")
 
@@ -92,7 +92,7 @@ def test_it_does_not_wait_when_another_one_meets_again(
     server.cache["lockstep"] = {"again": b"yes"}
     _Driver.answers = ("0,1,1,1,0,1",)
     started = time.monotonic()
-    find_place()
+    wait_for_workers()
     assert time.monotonic() - started < 30
     assert _Driver.num_asked == 1
 
@@ -101,16 +101,16 @@ def test_it_does_not_wait_when_another_one_meets_again(
 def test_a_worker_without_a_place_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     _Driver.answers = ("-1,-1,-1,-1,-1,-1",)
     with pytest.raises(SystemExit) as left:
-        find_place(asks=True)
+        wait_for_workers(needs_rank=True)
     assert left.value.code == 75
     assert "goes on without this worker: node7[1]" in capsys.readouterr().err
 
 
 def test_nobody_goes_on_with_a_run_that_was_called_off(server: RendezvousHTTPServer) -> None:
     _others_say(server, "here")
-    call_off(5)
+    cancel_run(5)
     with pytest.raises(SystemExit) as left:
-        find_place()
+        wait_for_workers()
     assert left.value.code == 5
     assert _Driver.num_asked == 0
 
@@ -119,7 +119,7 @@ def test_nobody_goes_on_with_a_run_that_was_called_off(server: RendezvousHTTPSer
 def test_an_answer_that_is_no_place_is_an_error() -> None:
     _Driver.answers = ("nonsense",)
     with pytest.raises(ConnectionError, match="nonsense"):
-        find_place(asks=True)
+        wait_for_workers(needs_rank=True)
 
 
 @pytest.mark.usefixtures("server")
@@ -128,20 +128,20 @@ def test_nobody_is_heard_without_the_secret_of_the_job(monkeypatch: pytest.Monke
     compare = secret.is_job_secret
     monkeypatch.setattr(secret, "is_job_secret", lambda given: compare(f"{given}x"))
     with pytest.raises(ConnectionError, match="does not take this process for one of its job"):
-        find_place(asks=True)
+        wait_for_workers(needs_rank=True)
     assert _Driver.num_asked == 0
 
 
 @pytest.mark.usefixtures("server")
 def test_horovod_does_not_ask_where_the_place_is_known() -> None:
     assert is_elastic()
-    with place_is_known():
+    with rank_from_environment():
         assert not is_elastic()
     assert is_elastic()
 
 
 def test_how_long_to_wait_is_horovods_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOROVOD_GLOO_TIMEOUT_SECONDS", raising=False)
-    assert seconds_to_meet() == 60
+    assert join_seconds() == 60
     monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "200")
-    assert seconds_to_meet() == 200
+    assert join_seconds() == 200

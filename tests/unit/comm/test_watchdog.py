@@ -67,12 +67,12 @@ def test_if_all_wait_for_something_else_that_is_said() -> None:
 def test_the_state_of_a_process(tmp_path: Path) -> None:
     record = record_path(tmp_path, 0)
     recorder = FlightRecorder()
-    recorder.keep_in(record, 0, 1)
+    recorder.write_to(record, 0, 1)
     assert bad_state(os.getpid(), record) is None
     assert bad_state(os.getpid(), tmp_path / "another") == "gone"  # its number was given to another process
     holds = (
         f"from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = FlightRecorder();"
-        f"r.keep_in(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
+        f"r.write_to(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(["python", "-c", holds], stdout=subprocess.PIPE) as process:
         try:
@@ -151,7 +151,7 @@ def test_a_person_can_read_the_records(tmp_path: Path) -> None:
     (tmp_path / "recorder").mkdir()
     recorder = FlightRecorder()
     recorder.enter("evaluation", update=63)
-    recorder.keep_in(record_path(tmp_path / "recorder", 1), 1, 2)
+    recorder.write_to(record_path(tmp_path / "recorder", 1), 1, 2)
     (tmp_path / "recorder" / "verdict.txt").write_text("the job stalled. rank 1: evaluation\n")
     command = ["lockstep", "postmortem"]
     shown = launch([*command, str(tmp_path)])
