@@ -1,4 +1,4 @@
-"""The same calls over both backends: MPI's, and the one over Horovod's collectives that Gloo jobs have."""
+"""The same calls over both backends. The one of Gloo jobs calls Horovod's collectives, which here run over MPI."""
 
 import threading
 from dataclasses import replace

@@ -14,14 +14,14 @@ def _fail_on(rank: int, cluster: Cluster) -> int:
 
 
 @pytest.mark.world_size(3)
-def test_every_rank_has_its_place(cluster: Cluster) -> None:
+def test_ranks_and_local_ranks(cluster: Cluster) -> None:
     assert cluster.size == 3
     assert cluster.all_gather_object(cluster.rank) == [0, 1, 2]
     assert (cluster.local_rank, cluster.local_size) == (cluster.rank, 3)
 
 
 @pytest.mark.world_size(3)
-def test_on_root_gives_every_rank_what_rank_0_found(cluster: Cluster) -> None:
+def test_on_root_gives_every_rank_rank_0s_result(cluster: Cluster) -> None:
     assert cluster.on_root(lambda: f"from {cluster.rank}") == "from 0"
 
 

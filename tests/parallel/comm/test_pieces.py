@@ -1,4 +1,4 @@
-"""What is larger than MPI and Horovod can count goes in pieces: here, what is larger than 7 bytes, or elements."""
+"""Tensors with more bytes or elements than one call can count are sent in pieces: here, those with more than 7."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ MOST = 7
 
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many elements each of Horovod's collectives held, over all ranks, where it may hold MOST."""
+    """How many elements each of Horovod's collectives held, over all ranks, with a limit of MOST."""
     monkeypatch.setattr(backend, "MAX_PER_CALL", MOST)
     held: list[int] = []
 

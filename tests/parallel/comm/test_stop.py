@@ -1,4 +1,4 @@
-"""One stop that all ranks agree on."""
+"""All ranks stop after the same update."""
 
 import os
 import signal

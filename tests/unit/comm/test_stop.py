@@ -35,7 +35,7 @@ def test_a_signal_is_read_one_update_later(requests: StopRequests) -> None:
     assert vote.reason(0) == "SIGUSR1"
 
 
-def test_the_end_of_time_leaves_enough_to_save(requests: StopRequests) -> None:
+def test_the_run_stops_early_enough_to_save(requests: StopRequests) -> None:
     vote = StopVote(Cluster.alone(), requests, time.time() + 100)
     assert vote.reason(50) is None
     assert vote.reason(50) is None
@@ -43,8 +43,8 @@ def test_the_end_of_time_leaves_enough_to_save(requests: StopRequests) -> None:
     assert vote.reason(0) == "the end of the job's time"
 
 
-def test_slow_updates_are_left_time_for(requests: StopRequests) -> None:
-    """An update of 0.5 s, of which two may pass before all have stopped, does not fit into the second that is left."""
+def test_slow_updates_stop_earlier(requests: StopRequests) -> None:
+    """An update of 0.5 s, of which two may pass before all have stopped, does not fit into the remaining second."""
     vote = StopVote(Cluster.alone(), requests, time.time() + 1.4)
     assert vote.reason(0) is None
     time.sleep(0.5)
@@ -52,7 +52,7 @@ def test_slow_updates_are_left_time_for(requests: StopRequests) -> None:
     assert vote.reason(0) == "the end of the job's time"
 
 
-def test_a_signal_beats_the_clock_and_term_beats_usr1(requests: StopRequests) -> None:
+def test_a_signal_wins_over_the_end_of_time_and_term_over_usr1(requests: StopRequests) -> None:
     vote = StopVote(Cluster.alone(), requests, time.time() - 1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)

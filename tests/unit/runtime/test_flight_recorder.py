@@ -1,4 +1,4 @@
-"""The black box: what a rank leaves behind, and who the slowest was."""
+"""The flight recorder: what a rank leaves behind, and which rank is the slowest."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from lockstep.runtime.flight_recorder import WAITING, FlightRecorder, read_heart
 from tests.launching import launch
 
 
-def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
+def test_the_file_has_the_phase_and_the_collective(tmp_path: Path) -> None:
     recorder = FlightRecorder()
     recorder.enter("data loading", update=7)
     recorder.write_to(record_path(tmp_path, 3), rank=3, size=4)
@@ -43,7 +43,7 @@ def test_a_wait_that_fails_is_over(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
-    """The page is the kernel's, not the process's: nothing has to be flushed."""
+    """The page belongs to the kernel, not to the process: nothing has to be flushed."""
     program = (
         "import os, signal; from pathlib import Path; from lockstep.runtime.flight_recorder import *;"
         "r = FlightRecorder();"
@@ -55,7 +55,7 @@ def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
     assert (beat.rank, beat.phase, beat.update) == (5, "optimizer step", 42)
 
 
-def test_long_names_are_cut_and_other_files_passed_over(tmp_path: Path) -> None:
+def test_long_names_are_cut_and_other_files_skipped(tmp_path: Path) -> None:
     recorder = FlightRecorder()
     recorder.write_to(record_path(tmp_path, 0), 0, 2)
     recorder.enter("é" * 100)
@@ -89,7 +89,7 @@ def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
     assert stragglers([{"update": 3.0}]) == (0, 0.0)
 
 
-def test_waiting_apart_from_the_others_says_nothing_of_them() -> None:
+def test_charge_all_to_counts_waits_for_the_phase() -> None:
     recorder = FlightRecorder()
     recorder.enter("training")
     with recorder.charge_all_to("profiling"), recorder.waiting("barrier"):

@@ -1,4 +1,4 @@
-"""Who started a process, by variables that were seen under real launchers; and what is refused."""
+"""Detecting the launcher by variables recorded under real launchers, and refusing mixed MPIs."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ TORCHRUN = {
         "nonsense": (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "many"}, Launcher("none")),
     }.values(),
 )
-def test_a_launcher_is_known_by_its_variables(environment: dict[str, str], expected: Launcher) -> None:
+def test_a_launcher_is_detected_by_its_variables(environment: dict[str, str], expected: Launcher) -> None:
     assert detect_launcher(environment) == expected
 
 
@@ -101,7 +101,7 @@ def test_lone_ranks_are_refused_with_cause_and_fix(environment: dict[str, str], 
         assert part in str(caught.value)
 
 
-def test_another_mpi_is_told_the_pmi_that_it_understands() -> None:
+def test_the_fix_names_the_pmi_that_the_mpi_supports() -> None:
     with pytest.raises(SettingsError, match="srun --mpi=pmi2"):
         check_launcher(detect_launcher(STEP), 1, "MPICH Version: 4.0.2", "mpirun")
 
@@ -119,13 +119,13 @@ def test_another_mpi_is_told_the_pmi_that_it_understands() -> None:
         (GLOO, 1),  # MPI has no part in it
     ],
 )
-def test_what_adds_up_is_not_refused(environment: dict[str, str], mpi_size: int) -> None:
+def test_matching_ranks_are_not_refused(environment: dict[str, str], mpi_size: int) -> None:
     launcher = detect_launcher(environment)
     check_launcher(launcher, mpi_size, OPEN_MPI, "mpirun")
     assert not mpi_misses_processes(launcher, mpi_size)
 
 
-def test_one_alone_speaks() -> None:
+def test_one_process_alone_reports_errors() -> None:
     lost = [detect_launcher(STEP | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
     assert [reports_errors(launcher, 0, 1) for launcher in lost] == [True, False, False, False]
     met_in_another_order = zip(lost, (1, 0, 3, 2), strict=True)
@@ -138,7 +138,7 @@ def test_one_alone_speaks() -> None:
     assert reports_errors(Launcher("none"), 0, 1)
 
 
-def test_a_script_that_forgot_its_srun_is_told() -> None:
+def test_a_script_without_srun_gets_a_warning() -> None:
     assert "4 tasks" in (missing_launcher_warning(detect_launcher(BATCH_SCRIPT), 1) or "")
     assert missing_launcher_warning(detect_launcher({}), 1) is None
     assert missing_launcher_warning(detect_launcher(STEP), 4) is None
