@@ -39,9 +39,9 @@ def main(command: str | None = None) -> None:
 
 def old_program(command: str) -> None:
     """Run `command` for someone who has typed `python app/COMMAND.py`, and say what to type from now on."""
-    from lockstep.runtime.launcher import this_process_speaks
+    from lockstep.runtime.launcher import this_process_reports
 
-    if this_process_speaks():
+    if this_process_reports():
         old = Path(sys.argv[0]).name
         print(f"lockstep: python app/{old} is now `lockstep {command}`; the old one goes soon", file=sys.stderr)
     main(command)

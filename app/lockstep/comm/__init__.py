@@ -1,1 +1,1 @@
-"""Who we are and how we talk: the ranks, their collectives and messages, stops, the watchdog."""
+"""Communication between ranks: collectives, messages, backends, stop votes, the watchdog, elastic jobs."""

@@ -1,7 +1,10 @@
-"""Elastic jobs, whose workers come and go: `horovodrun --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh ...`.
+"""Elastic jobs, which lose and gain workers while they run.
 
-A *generation* is the workers that train together until one of them is lost or the launcher has found others; those who
-are left, and whoever is new, are the next one. A process that stays goes on in memory. The machinery is Horovod's.
+    horovodrun --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh ...
+
+A *generation* is the workers that train together until one of them is lost or the launcher has found other hosts. The
+workers that are left and the new ones form the next generation. A process that stays keeps its model in memory.
+Horovod's `run_fn` calls one generation after the other.
 """
 
 import os
@@ -15,30 +18,29 @@ import psutil
 from horovod.common.elastic import State, run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
-from lockstep.comm.ranks import Ranks
 from lockstep.comm.stop import HOSTS_CHANGED, StopRequests, StopVote
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 
-CUT_SHORT = (HorovodInternalError, HostsUpdatedInterrupt)
-"""What is raised on each rank of a generation that is no more: in a collective, or between two updates."""
+GENERATION_ENDED = (HorovodInternalError, HostsUpdatedInterrupt)
+"""Raised on each rank when its generation ends: in a collective (rank lost), or between two updates (hosts changed)."""
 
 
 class HostUpdates(State):  # type: ignore[misc]
-    """What the launcher has told this worker of hosts that it has found, or lost, since the generation was made up.
+    """The launcher's messages to this worker about hosts found or lost since its generation began.
 
-    Nothing of the run is saved or restored here: an update that fails has not changed the model yet.
+    Saves and restores nothing, unlike Horovod's other states: an update that fails has not changed the model yet.
     """
 
     def __init__(self) -> None:
         super().__init__(bcast_object=None, get_rank=None)
 
     @property
-    def is_any(self) -> bool:
+    def any_pending(self) -> bool:
         return not self._host_messages.empty()
 
-    def forget(self) -> None:
-        """A generation is about to be made up of all the hosts that there are."""
-        while self.is_any:
+    def clear(self) -> None:
+        """Drop the messages so far: the next generation is formed from all hosts that are known now."""
+        while self.any_pending:
             self._host_messages.get()
 
     def save(self) -> None:
@@ -51,32 +53,32 @@ class HostUpdates(State):  # type: ignore[misc]
         pass
 
     def on_reset(self) -> None:
-        """Not Horovod's own, which would forget what came while the generation was made up."""
+        """Overrides Horovod's, which would drop messages that came while the generation was formed."""
 
 
 class GenerationVote(StopVote):
-    """A vote that also ends the work of a generation, when hosts have come or gone."""
+    """A stop vote that also ends the generation when hosts were found or lost."""
 
-    def __init__(self, ranks: Ranks, requests: StopRequests, end_time: float | None, hosts: HostUpdates) -> None:
-        super().__init__(ranks, requests, end_time)
+    def __init__(self, cluster: Cluster, requests: StopRequests, end_time: float | None, hosts: HostUpdates) -> None:
+        super().__init__(cluster, requests, end_time)
         self._hosts = hosts
 
-    def _wish(self, seconds_to_save: float) -> int:
-        return super()._wish(seconds_to_save) or (HOSTS_CHANGED if self._hosts.is_any else 0)
+    def _own_vote(self, seconds_to_save: float) -> int:
+        return super()._own_vote(seconds_to_save) or (HOSTS_CHANGED if self._hosts.any_pending else 0)
 
     def _reason_of(self, agreed: int) -> str:
-        """Raises HostsUpdatedInterrupt on every rank, between two updates, where the next generation takes over."""
+        """Raises HostsUpdatedInterrupt on every rank, between two updates, if hosts were found or lost."""
         if agreed == HOSTS_CHANGED:
             raise HostsUpdatedInterrupt(skip_sync=False)
         return super()._reason_of(agreed)
 
 
 def run_elastic(first: Cluster, train: Callable[[Cluster, HostUpdates], None], leave: Callable[[], None]) -> None:
-    """Collective over whoever is there: call `train` with one generation after the other, until it returns.
+    """Collective over all workers: call `train` with the cluster of each generation, until it returns.
 
     Args:
-        first: this worker among those it was started with.
-        leave: called when a generation is no more.
+        first: the cluster of the first generation.
+        leave: called when a generation has ended.
 
     Raises:
         SystemExit: the others go on without this worker.
@@ -84,26 +86,26 @@ def run_elastic(first: Cluster, train: Callable[[Cluster, HostUpdates], None], l
     cluster = first
     cpus = allowed_cpus()
     hosts = HostUpdates()
-    mates: list[psutil.Process] = []
+    workers_here: list[psutil.Process] = []
 
     def train_one_generation(hosts: HostUpdates) -> None:
-        nonlocal mates
-        pin_all_threads(cpus)  # the generation before was another number of ranks
-        mates = _on_this_node(cluster.all_gather_object((platform.node(), os.getpid())))
-        train(cluster.settle(), hosts)
+        nonlocal workers_here
+        pin_all_threads(cpus)  # undo the last generation's binding, for another number of ranks
+        workers_here = _on_this_node(cluster.all_gather_object((platform.node(), os.getpid())))
+        train(cluster.bind_to_cores(), hosts)
 
     def begin_next_generation() -> None:
         nonlocal cluster
         leave()
-        hosts.forget()
-        _end_stopped(mates)
-        cluster = cluster.rejoin()
+        hosts.clear()
+        _kill_suspended(workers_here)
+        cluster = cluster.next_generation()
 
     run_fn(train_one_generation, begin_next_generation)(hosts)
 
 
 def _on_this_node(workers: Sequence[tuple[str, int]]) -> list[psutil.Process]:
-    """Those of `workers`, (node, process id), that are here and alive."""
+    """The processes of those `workers`, (node, process id), that are alive on this node."""
     found = []
     for node, pid in workers:
         if node == platform.node():
@@ -112,8 +114,8 @@ def _on_this_node(workers: Sequence[tuple[str, int]]) -> list[psutil.Process]:
     return found
 
 
-def _end_stopped(workers: Sequence[psutil.Process]) -> None:
-    """A worker that was stopped (SIGSTOP) is neither dead nor alive: the others would wait for it for ever."""
+def _kill_suspended(workers: Sequence[psutil.Process]) -> None:
+    """End workers that are suspended (SIGSTOP): they never leave, and the others would wait for them."""
     for worker in workers:
         with suppress(psutil.Error):
             if worker.status() == psutil.STATUS_STOPPED:

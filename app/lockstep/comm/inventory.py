@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, ranks and launch line, for the record."""
+"""The record of what a run ran on: versions, hardware, ranks and launch line."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 from lockstep import __version__
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.horovod_library import gpu_left_idle, horovod_operations
-from lockstep.comm.ranks import mpi_version
+from lockstep.comm.mpi_library import mpi_version
 from lockstep.runtime.affinity import allowed_cpus, format_cpus
 from lockstep.runtime.hints import this_program
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy", "safetensors")
 
 
 def take_inventory(cluster: Cluster) -> dict[str, Any]:
-    """Collective: everything that another person needs to know about where this run ran."""
+    """Collective: command line, versions, and the hardware and binding of every rank."""
     ranks = cluster.all_gather_object(_describe_rank(cluster))
     return {
         "command": [*this_program(), *sys.argv[1:]],
@@ -38,7 +38,7 @@ def take_inventory(cluster: Cluster) -> dict[str, Any]:
 
 
 def describe_briefly(cluster: Cluster, inventory: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for the user: ranks, nodes, device and versions."""
     nodes = {rank["node"] for rank in inventory["ranks"]}
     device = inventory["ranks"][0]["gpu"] or f"CPU, threads a rank: {torch.get_num_threads()}"
     if gpu_left_idle():
@@ -51,7 +51,9 @@ def describe_briefly(cluster: Cluster, inventory: dict[str, Any]) -> str:
 
 
 def describe_binding(inventory: dict[str, Any]) -> list[str]:
-    """Lines for people: which rank computes where, once for all nodes that are alike; then what is wrong with it."""
+    """Lines for the user: the CPUs and GPU of each local rank, once for all nodes that are alike; then a warning
+    if ranks share CPUs.
+    """
     nodes: dict[str, list[dict[str, Any]]] = {}
     for rank in inventory["ranks"]:
         nodes.setdefault(rank["node"], []).append(rank)
@@ -72,7 +74,7 @@ def describe_binding(inventory: dict[str, Any]) -> list[str]:
 
 
 def _overlap(ranks: list[dict[str, Any]]) -> tuple[int, int, list[int]] | None:
-    """The first two of a node's ranks that share CPUs, and those."""
+    """The first two ranks of a node that share CPUs, and these CPUs."""
     owner: dict[int, int] = {}
     for rank in ranks:
         shared = [cpu for cpu in rank["cpus"] if cpu in owner]

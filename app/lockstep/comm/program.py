@@ -15,52 +15,53 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.mpi_library import abort_job, rank_in_job, size_of_job
 from lockstep.runtime.errors import ExitCode, LockstepError
 from lockstep.runtime.hints import suggest
-from lockstep.runtime.launcher import detect_launcher, is_speaker, ranks_are_lost
+from lockstep.runtime.launcher import detect_launcher, mpi_misses_processes, reports_errors
 
-SECONDS_TO_MEET = 300.0
-SECONDS_TO_SPEAK = 3.0  # for one of several that MPI knows nothing of: the first to leave makes a launcher end the rest
+JOIN_SECONDS = 300.0
+REPORT_SECONDS = 3.0  # for the process that prints an error: launchers end all processes as soon as one has left
 
 
 def run_program(main: Callable[[Cluster], None]) -> None:
-    """Collective: run `main` on every rank and exit; an error on any rank is told once and ends all ranks."""
+    """Collective: run `main` on every rank and exit; an error on any rank is printed once and ends all ranks."""
     cluster: Cluster | None = None
     try:
-        with _deadline_to_meet():
+        with _deadline_to_join():
             cluster = Cluster.start()
         main(cluster)
-    except SystemExit as request:  # --help and --print_config, agreed by all ranks
+    except SystemExit as request:  # --help and --print_config, on all ranks
         _leave(cluster, request.code)
     except LockstepError as error:
         if not error.shared:
             _abort(str(error), error.exit_code)
         launcher = detect_launcher(os.environ)
-        if is_speaker(launcher, rank_in_job(), size_of_job()):
+        if reports_errors(launcher, rank_in_job(), size_of_job()):
             tell(str(error))
-        elif ranks_are_lost(launcher, size_of_job()):
-            _let_another_speak(error.exit_code)
+        elif mpi_misses_processes(launcher, size_of_job()):
+            _wait_for_report(error.exit_code)
         _leave(cluster, error.exit_code)
     except KeyboardInterrupt:
         _abort("interrupted", ExitCode.INTERRUPTED)
     except BaseException as error:
-        delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0  # the echo of another rank's failure
+        # A HorovodInternalError mostly follows from another rank's error, which should be printed first.
+        delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0
         _abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)
     else:
         _leave(cluster, ExitCode.DONE)
 
 
 @contextlib.contextmanager
-def _deadline_to_meet() -> Iterator[None]:
-    """The ranks must come together in time; after that the run's own watchdog sees to it that they get on."""
+def _deadline_to_join() -> Iterator[None]:
+    """Abort if the ranks have not all joined in time. After that the run's watchdog notices stalls."""
 
     def give_up() -> None:
         doctor = suggest("doctor")
-        why = f"the ranks have not all come together within {SECONDS_TO_MEET:.0f} s; {doctor} tells why"
+        why = f"the ranks have not all come together within {JOIN_SECONDS:.0f} s; {doctor} tells why"
         try:
             _abort(f"{platform.node()}: {why}", ExitCode.STALLED)
         finally:
             os._exit(ExitCode.STALLED)
 
-    timer = threading.Timer(SECONDS_TO_MEET, give_up)
+    timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -70,26 +71,26 @@ def _deadline_to_meet() -> Iterator[None]:
 
 
 def _leave(cluster: Cluster | None, code: object) -> None:
-    # A launcher that ends the rest as soon as one has left with an error: each still leaves with its own code.
+    # Launchers end the other processes as soon as one has left with an error: each still exits with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if cluster is not None:
         cluster.stop()
     sys.exit(code)  # type: ignore[arg-type]
 
 
-def _let_another_speak(code: ExitCode) -> None:
-    """A launcher that ends all processes as soon as one has left ends this one with its own code."""
+def _wait_for_report(code: ExitCode) -> None:
+    """Leave time for another process to print the error. If the launcher ends this one meanwhile, exit with `code`."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    time.sleep(SECONDS_TO_SPEAK)
+    time.sleep(REPORT_SECONDS)
 
 
 def _abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
-    """Tell this rank's `message` and end the whole job.
+    """Print this rank's `message` and end the whole job.
 
-    When several ranks fail at once, the lowest of them speaks and its abort silences the others: each waits a little
-    longer than the one before it (1.0 s for rank 15, 3.0 s for rank 4095).
+    When several ranks fail at once, only the lowest of them should print: each waits a little longer than the one
+    before it (1.0 s for rank 15, 3.0 s for rank 4095), and the first one's abort ends the others.
     """
-    rank = rank_in_job()  # now: that of an elastic job may have changed
+    rank = rank_in_job()  # asked for now: it changes in an elastic job
     time.sleep(delay_seconds + 0.25 * math.log2(1 + rank))
     tell(f"rank {rank}: {message}")
     abort_job(code)
@@ -97,5 +98,5 @@ def _abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
 
 
 def tell(message: str) -> None:
-    """One message to the person, on standard error."""
+    """Print one message for the user, on standard error."""
     print(f"lockstep: {message.rstrip()}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""Where the workers of a Gloo job meet: the server of the `horovodrun` that started them, and what it tells them.
+"""How the workers of a Gloo job find each other: through the HTTP server of the `horovodrun` that started them.
 
-A worker's place stands in its environment. In an elastic job it changes with the workers, and is asked for anew.
+A worker reads its rank from its environment. In an elastic job each generation numbers the workers anew: a worker asks
+the server for its new rank.
 """
 
 import os
@@ -12,57 +13,59 @@ from http.client import FORBIDDEN, HTTPConnection
 
 from lockstep.runtime.errors import ExitCode
 
-SECONDS_TO_MEET = 60.0  # for a new worker to load its modules, from a slow disk on a busy node
-SECONDS_TO_ANSWER = 10.0
-SECONDS_A_LOOK = 0.05
-AGAIN, OVER = "again", "over"
+JOIN_SECONDS = 60.0  # for a new worker to load its modules, from a slow disk on a busy node
+READY_SECONDS = 10.0
+POLL_SECONDS = 0.05
+RESTART, CANCELLED = "again", "over"  # keys that any worker may set
 ELASTIC = "HOROVOD_ELASTIC"
 JOB_SECRET = "HOROVOD_JOB_SECRET"  # horovodrun asks for it in every request (env/horovod_secrets.py)
-PLACE = tuple(f"HOROVOD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"))
+RANK_VARIABLES = tuple(
+    f"HOROVOD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+)
 
 
 def is_elastic() -> bool:
-    """This process was started by `horovodrun --min-np` or `--host-discovery-script`."""
+    """Whether `horovodrun --min-np` or `--host-discovery-script` started this process."""
     return os.environ.get(ELASTIC) == "1"
 
 
 def job_name() -> str:
-    """The same for all workers of one Gloo job, from its beginning to its end, and another one for each job."""
+    """A name of this Gloo job that all its workers agree on as long as it runs, and that no other job has."""
     return f"{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
 
 
-def find_place(asks: bool = False) -> None:
-    """Collective over whoever is left and whoever comes: all have a place, and are there.
+def wait_for_workers(needs_rank: bool = False) -> None:
+    """Collective over the workers that are left and the new ones: wait until every worker that has a rank is here.
 
-    Horovod alone would end this process, and with it the job, if a worker that was given a place died before it came.
+    Horovod alone would end this process, and with it the job, if a worker died between getting its rank and connecting.
 
     Args:
-        asks: this worker has no place yet; a new one is born with one.
+        needs_rank: ask the server for a new rank first; a new worker has been started with one.
 
     Raises:
-        SystemExit: the others go on without this worker, or the run is over.
+        SystemExit: the others go on without this worker, or the run is cancelled.
     """
-    if asks:
-        _ask()
-    # Who came early may have died while it waited: so all say it twice, the second time at once.
-    while not (_all_are("here", seconds_to_meet()) and _all_are("ready", SECONDS_TO_ANSWER)):
-        _ask()
+    if needs_rank:
+        _ask_for_rank()
+    # An early worker may die while it waits for late ones: all confirm at once, when the last one has come.
+    while not (_all_workers_are("here", join_seconds()) and _all_workers_are("ready", READY_SECONDS)):
+        _ask_for_rank()
 
 
-def seconds_to_meet() -> float:
-    """How long those who are there wait for those who are not."""
-    return float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", SECONDS_TO_MEET))
+def join_seconds() -> float:
+    """How long the workers wait for one that has not come yet."""
+    return float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", JOIN_SECONDS))
 
 
-def call_off(exit_code: int) -> None:
-    """What ends this worker concerns the run, not this worker alone: nobody goes on without it."""
-    _say(OVER, str(int(exit_code)))
-    _say(AGAIN)
+def cancel_run(exit_code: int) -> None:
+    """End all other workers, too, with this worker's `exit_code`: its error would stop any generation."""
+    _set_key(CANCELLED, str(int(exit_code)))
+    _set_key(RESTART)
 
 
 @contextmanager
-def place_is_known() -> Iterator[None]:
-    """Inside, Horovod takes this worker's place from the environment, and does not ask for one itself."""
+def rank_from_environment() -> Iterator[None]:
+    """Inside, Horovod reads this worker's rank from the environment, and does not ask the server for one."""
     was = os.environ.pop(ELASTIC, None)
     try:
         yield
@@ -71,51 +74,51 @@ def place_is_known() -> Iterator[None]:
             os.environ[ELASTIC] = was
 
 
-def _all_are(what: str, timeout_seconds: float) -> bool:
-    """Wait until every worker that was given a place has said `what`. False if one did not: all meet again."""
-    _say(f"{what}{os.environ['HOROVOD_RANK']}")
+def _all_workers_are(state: str, timeout_seconds: float) -> bool:
+    """Wait until every worker that has a rank has reported `state`. False if one did not: all start over."""
+    _set_key(f"{state}{os.environ['HOROVOD_RANK']}")
     missing = set(range(int(os.environ["HOROVOD_SIZE"])))
     give_up = time.monotonic() + timeout_seconds
-    while _said(AGAIN) is None:
-        missing = {rank for rank in missing if _said(f"{what}{rank}") is None}
+    while _get_key(RESTART) is None:
+        missing = {rank for rank in missing if _get_key(f"{state}{rank}") is None}
         if not missing:
             return True
         if time.monotonic() > give_up:
             print(f"lockstep: rank {min(missing)} did not come: the others meet again", file=sys.stderr, flush=True)
-            _say(AGAIN)
-        time.sleep(SECONDS_A_LOOK)
+            _set_key(RESTART)
+        time.sleep(POLL_SECONDS)
     return False
 
 
-def _say(key: str, value: str = "yes") -> None:
-    """For all workers to hear until places are given the next time."""
+def _set_key(key: str, value: str = "yes") -> None:
+    """Set a key on the server, which deletes all keys when it numbers the workers anew."""
     _request("PUT", f"lockstep/{key}", value)
 
 
-def _said(key: str) -> str | None:
-    """What somebody has said since places were given last."""
+def _get_key(key: str) -> str | None:
+    """The value of a key; None if no worker has set it since the server last numbered the workers."""
     status, value = _request("GET", f"lockstep/{key}")
     return value if status == 200 else None
 
 
-def _ask() -> None:
-    """The answer comes when every worker that is left has asked, or has been found dead."""
-    if code := _said(OVER):
+def _ask_for_rank() -> None:
+    """The server answers when every other worker has asked, too, or has been found dead."""
+    if code := _get_key(CANCELLED):
         sys.exit(int(code))
     host, slot = os.environ["HOROVOD_HOSTNAME"], os.environ["HOROVOD_LOCAL_RANK"]
     status, answer = _request("GET", f"rank_and_size/{host}:{slot}")
-    place = answer.split(",")
-    if status != 200 or len(place) != len(PLACE):
-        raise ConnectionError(f"horovodrun answers {status} {answer!r} when it is asked for a place")
-    if place[0] == "-1":
+    values = answer.split(",")
+    if status != 200 or len(values) != len(RANK_VARIABLES):
+        raise ConnectionError(f"horovodrun answers {status} {answer!r} when it is asked for a rank")
+    if values[0] == "-1":
         print(f"lockstep: the job goes on without this worker: {host}[{slot}]", file=sys.stderr, flush=True)
-        # Not 0: from a worker which it sees as a part of the job, it would end all others.
+        # Not 0: when a worker that horovodrun counts among the job's ends with 0, it ends all others.
         sys.exit(ExitCode.STOPPED)
-    os.environ.update(zip(PLACE, place, strict=True))
+    os.environ.update(zip(RANK_VARIABLES, values, strict=True))
 
 
 def _request(method: str, path: str, body: str | None = None) -> tuple[int, str]:
-    """Not by urllib, which would send it to a proxy."""
+    """The server's status and answer. urllib would send the request to a proxy, http.client does not."""
     secret = {"Authorization": f"Bearer {os.environ[JOB_SECRET]}"}
     server, port = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
     connection = HTTPConnection(server, port)

@@ -1,7 +1,7 @@
-"""Signals and the end of the job's time become one stop, which all ranks agree on between two updates.
+"""Votes of all ranks to stop between two updates, because of a signal or because the job's time ends.
 
-A handler only sets a flag: nothing is saved where a signal happens to fall. No signal need come, either: a run knows
-when its job ends, and how long it takes to save, and stops early enough by itself.
+A signal handler only sets a flag; the run saves after the update. Without any signal, a run that knows when its job
+ends stops early enough to save by itself.
 """
 
 import os
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING
 from lockstep.runtime.errors import LockstepError
 
 if TYPE_CHECKING:
-    from lockstep.comm.ranks import Ranks
+    from lockstep.comm.cluster import Cluster
 
-# In a vote the largest number wins: a signal beats the clock, and that beats hosts that come or go (elastic.py).
+# The largest vote wins: a signal over the end of time, and both over hosts that were found or lost (elastic.py).
 HOSTS_CHANGED, END_OF_TIME, SIGNALLED = 1, 2, 3  # the last one plus the signal's number
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 END_TIME_VARIABLES = ("SLURM_JOB_END_TIME", "LOCKSTEP_JOB_END_TIME")  # Slurm's own (since 23.02); slurm/common.sh's
 
 
 class StopRequests:
-    """What this process was asked for by signals, from now on. A second Ctrl-C is no request: it ends the process."""
+    """The stop signals that this process receives from now on. A second Ctrl-C ends the process at once."""
 
     def __init__(self, say: Callable[[str], object] = lambda _: None) -> None:
         """
         Args:
-            say: to whoever has pressed Ctrl-C.
+            say: prints a message for the user who has pressed Ctrl-C.
         """
         self.received = 0
         self._say = say
@@ -44,16 +44,16 @@ class StopRequests:
 
 
 class StopVote:
-    """One vote of all ranks for each update, which costs none of them a wait: it is begun at one boundary between
-    updates and read at the next, when every rank has long been there.
+    """One vote of all ranks for each update. No rank waits for it: it is started after one update and read after the
+    next, when every rank has long cast its vote.
     """
 
-    def __init__(self, ranks: "Ranks", requests: StopRequests, end_time: float | None) -> None:
+    def __init__(self, cluster: "Cluster", requests: StopRequests, end_time: float | None) -> None:
         """
         Args:
             end_time: when the job ends, in seconds since the epoch.
         """
-        self._ranks = ranks
+        self._cluster = cluster
         self._requests = requests
         self._end_time = end_time
         self._pending: Callable[[], int] | None = None
@@ -61,10 +61,10 @@ class StopVote:
         self._longest_update = 0.0
 
     def reason(self, seconds_to_save: float) -> str | None:
-        """Collective, once an update: why all ranks stop here; None if they go on.
+        """Collective, after each update: why all ranks stop here; None if they go on.
 
         Args:
-            seconds_to_save: what this rank needs to end in good order, from a boundary on.
+            seconds_to_save: how long this rank takes to save and leave.
         """
         now = time.time()
         if self._last_boundary:
@@ -73,30 +73,30 @@ class StopVote:
         agreed = self.close()
         if agreed:
             return self._reason_of(agreed)
-        self._pending = self._ranks.begin_max(self._wish(seconds_to_save))
+        self._pending = self._cluster.begin_max(self._own_vote(seconds_to_save))
         return None
 
     def close(self) -> int:
-        """Collective: read the vote that is still out, if there is one."""
+        """Collective: read the pending vote, if there is one; its result, or 0."""
         pending, self._pending = self._pending, None
         return pending() if pending else 0
 
     def _reason_of(self, agreed: int) -> str:
         return "the end of the job's time" if agreed == END_OF_TIME else signal.Signals(agreed - SIGNALLED).name
 
-    def _wish(self, seconds_to_save: float) -> int:
+    def _own_vote(self, seconds_to_save: float) -> int:
         if self._requests.received:
             return SIGNALLED + self._requests.received
         if self._end_time is None:
             return 0
-        # This vote is read after one update; if it came a moment too early, the next one after two.
+        # This vote is read after the next update. If it is still 0, the next vote is read after two.
         seconds_needed = 2 * self._longest_update + seconds_to_save
         return END_OF_TIME if time.time() + seconds_needed >= self._end_time else 0
 
 
 @contextmanager
-def voting(stop: StopVote | None) -> Iterator[None]:
-    """When all ranks leave together, the vote that is still out is read first."""
+def closing_vote(stop: StopVote | None) -> Iterator[None]:
+    """Read the pending vote when all ranks leave the context together."""
     try:
         yield
     except LockstepError as error:
@@ -108,13 +108,13 @@ def voting(stop: StopVote | None) -> Iterator[None]:
 
 
 def end_time(after_minutes: float | None, started: float, environment: Mapping[str, str] | None = None) -> float | None:
-    """When this run must have ended: when the scheduler ends the job, or `after_minutes`; None if neither is known.
+    """When this run must end: at the end of its job or `after_minutes`, whichever is earlier; None without either.
 
     Args:
-        started: seconds since the epoch, as is what is returned.
+        started: when the run began, in seconds since the epoch, like the result.
     """
     environment = os.environ if environment is None else environment
-    told = [environment[name] for name in END_TIME_VARIABLES if environment.get(name, "").isdigit()]
-    ends = [float(told[0])] if told else []
+    end_times = [environment[name] for name in END_TIME_VARIABLES if environment.get(name, "").isdigit()]
+    ends = [float(end_times[0])] if end_times else []
     ends += [started + 60 * after_minutes] if after_minutes is not None else []
     return min(ends, default=None)

@@ -1,8 +1,8 @@
-"""Ends a stall with a verdict: which rank was at what, who waited for it, and everybody's Python stacks.
+"""The watchdog ends a stalled job with a verdict: what each rank was doing, which ranks waited, and all Python stacks.
 
-Each rank has a thread that looks for signs of life of its own main thread. In a stall all ranks fall silent, one at
-whatever keeps it and the others in a collective, so every rank that still can notices by itself, and no message is
-needed, which might not come through. The first of them to claim the verdict speaks and aborts the job.
+On each rank a thread watches the flight recorder of the main thread. When one rank stalls, the others stop in their
+next collective. So every rank notices the stall by itself, without messages, which a broken network might not deliver.
+The first rank to create the verdict's file prints the verdict and aborts the job.
 """
 
 import faulthandler
@@ -27,20 +27,18 @@ from lockstep.runtime.hints import suggest
 VERDICT = "verdict.txt"
 GONE = "gone"
 BAD_STATES = {psutil.STATUS_STOPPED: "stopped", psutil.STATUS_DISK_SLEEP: "waiting-for-a-disk"}
-SECONDS_TO_START = 120.0  # the least that is allowed until the first update: libraries may come from a slow disk
-SECONDS_A_LOOK = 0.5
-SECONDS_FOR_THE_OTHERS = (
-    1.0  # between noticing a stall and the verdict: the others notice, too, and their stacks appear
-)
-SECONDS_TO_ABORT = 2.0  # after which a rank that the launcher does not reach ends itself
-SECONDS_AT_MOST = 10.0  # from noticing a stall to this rank's end
+MIN_START_SECONDS = 120.0  # the limit until the first phase is at least this: libraries may come from a slow disk
+POLL_SECONDS = 0.5
+NOTICE_SECONDS = 1.0  # between noticing a stall and the verdict, for the other ranks to notice, too, and write stacks
+ABORT_SECONDS = 2.0  # until a rank that the abort has not reached ends itself
+MAX_SECONDS = 10.0  # from noticing a stall to this rank's end
 
 
 class Watchdog:
-    """Watches this rank's main thread from another one, until it is closed.
+    """Watches this rank's main thread from another thread, until it is closed.
 
-    A thread that looks every second counts what it has seen itself: a process that was stopped as a whole, by Ctrl-Z or
-    a sleeping laptop, is not taken for one that hangs.
+    It adds up the time between its own polls rather than reading the clock: a process that was suspended as a whole, by
+    Ctrl-Z or a sleeping laptop, does not count as stalled.
     """
 
     def __init__(
@@ -54,69 +52,69 @@ class Watchdog:
     ) -> None:
         """
         Args:
-            folder: for the records of all ranks; it is there, and empty.
-            limit_seconds: without a sign of life; 0: do not watch, but record.
-            abort: ends every rank of the job with an exit code.
+            folder: for the records of all ranks; exists and is empty.
+            limit_seconds: how long the main thread may record nothing; 0: only record, do not watch.
+            abort: called with an exit code, ends every rank of the job.
 
         Raises:
-            OSError: the record cannot be made.
+            OSError: the record's file cannot be made.
         """
         self._recorder, self._folder = recorder, folder
         self._rank = rank
         self._limit = limit_seconds
         self._abort = abort
         self._closed = threading.Event()
-        recorder.keep_in(record_path(folder, rank), rank, size)
+        recorder.write_to(record_path(folder, rank), rank, size)
         self._stacks = record_path(folder, rank).with_suffix(".stacks").open("w")
-        # Without Python's help, so that a thread which hangs in a library is shown, too.
+        # A handler in C: it also shows a thread that hangs in a library and holds the interpreter's lock.
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         if limit_seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
-        """The run is over: nothing is a stall any more."""
+        """Stop watching: the run is over."""
         self._closed.set()
         self._recorder.enter("leaving")
 
     def _watch(self) -> None:
-        look = min(SECONDS_A_LOOK, self._limit / 10)
+        look = min(POLL_SECONDS, self._limit / 10)
         num_events, seconds_silent = -1, 0.0
         while not self._closed.wait(look):
             if self._recorder.num_events != num_events:
                 num_events, seconds_silent = self._recorder.num_events, 0.0
             else:
                 seconds_silent += look
-            limit = max(self._limit, SECONDS_TO_START) if self._recorder.is_starting else self._limit
+            limit = max(self._limit, MIN_START_SECONDS) if self._recorder.is_starting else self._limit
             if seconds_silent >= limit:
                 self._end_stall()
                 return
 
     def _end_stall(self) -> None:
-        last_resort = threading.Timer(SECONDS_AT_MOST, os._exit, (ExitCode.STALLED,))  # if the folder hangs, too
+        last_resort = threading.Timer(MAX_SECONDS, os._exit, (ExitCode.STALLED,))  # if the file system hangs, too
         last_resort.daemon = True
         last_resort.start()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         here = platform.node()
-        node_mates = [beat for beat in read_heartbeats(self._folder) if beat.host == here]
-        states = {beat.rank: bad_state(beat.pid, record_path(self._folder, beat.rank)) for beat in node_mates}
-        self._recorder.notice(" ".join(f"{rank}:{state}" for rank, state in states.items() if state))
-        time.sleep(SECONDS_FOR_THE_OTHERS + 0.1 * math.log2(1 + self._rank))
+        beats_here = [beat for beat in read_heartbeats(self._folder) if beat.host == here]
+        states = {beat.rank: bad_state(beat.pid, record_path(self._folder, beat.rank)) for beat in beats_here}
+        self._recorder.record_stall(" ".join(f"{rank}:{state}" for rank, state in states.items() if state))
+        time.sleep(NOTICE_SECONDS + 0.1 * math.log2(1 + self._rank))
         heartbeats = read_heartbeats(self._folder)
         is_first_here = self._rank <= min((b.rank for b in heartbeats if b.noticed and b.host == here), default=0)
         if is_first_here:
             for beat in heartbeats:
                 if beat.host == here and not beat.noticed and states.get(beat.rank) is None:
                     with suppress(OSError):
-                        os.kill(beat.pid, signal.SIGUSR2)  # its Python cannot do it
+                        os.kill(beat.pid, signal.SIGUSR2)  # its own watchdog cannot run
         text = verdict(heartbeats, time.time())
         if claims := self._claim():
             with suppress(OSError):
                 (self._folder / VERDICT).write_text(text + "\n")
             self._tell(text)
-            # Not in this thread: an abort that finds the network cut does not come back.
+            # In a thread of its own: an abort does not return if the network is cut.
             threading.Thread(target=self._abort, args=(ExitCode.STALLED,), daemon=True).start()
-        time.sleep(SECONDS_TO_ABORT)
-        if is_first_here and not claims:  # that rank's abort did not come through, and neither may its words
+        time.sleep(ABORT_SECONDS)
+        if is_first_here and not claims:  # its abort did not reach this node, and perhaps neither did its message
             self._tell(text)
         os._exit(ExitCode.STALLED)
 
@@ -126,18 +124,21 @@ class Watchdog:
         print(f"lockstep: {text}\n{where}", file=sys.stderr, flush=True)
 
     def _claim(self) -> bool:
-        """This rank is the one that speaks."""
+        """Whether this rank is to print the verdict: it has created the file before all others."""
         try:
             (self._folder / VERDICT).open("x").close()
         except FileExistsError:
             return False
-        except OSError:  # a folder that is out of reach: better twice than never
+        except OSError:  # the folder is out of reach: better printed twice than never
             return True
         return True
 
 
 def bad_state(pid: int, record: Path) -> str | None:
-    """Why process `pid` cannot be getting on; None if it may. One that has not mapped `record` is another process."""
+    """Why process `pid` cannot run: gone, stopped or waiting for a disk; None if it can.
+
+    A process that has not mapped the file `record` is another one that has been given the same number.
+    """
     try:
         if str(record.resolve()) not in Path(f"/proc/{pid}/maps").read_text():
             return GONE
@@ -147,10 +148,10 @@ def bad_state(pid: int, record: Path) -> str | None:
 
 
 def verdict(heartbeats: Sequence[Heartbeat], now: float) -> str:
-    """For people: the ranks that keep the others waiting, at what and for how long; then who waits for them.
+    """Describe a stall: which ranks the others wait for, what they do and for how long; then the ranks that wait.
 
     Args:
-        heartbeats: of the ranks that have left one, after a stall was noticed.
+        heartbeats: of all ranks that have a record, read after the stall was noticed.
         now: seconds since the epoch.
     """
     if not heartbeats:
@@ -184,7 +185,7 @@ def verdict(heartbeats: Sequence[Heartbeat], now: float) -> str:
 
 
 def position(beat: Heartbeat) -> str:
-    """What a rank is at."""
+    """The collective in which a rank waits, or else its phase; with the update."""
     return f"{beat.collective if beat.is_waiting else beat.phase}" + (
         f" of update {beat.update}" if beat.update else ""
     )

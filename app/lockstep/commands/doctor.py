@@ -25,7 +25,7 @@ from lockstep.doctor.facts import Facts
 from lockstep.doctor.launch_line import launch_line
 from lockstep.doctor.report import as_json, as_text
 from lockstep.runtime.errors import ExitCode, StorageError, run_alone
-from lockstep.runtime.launcher import detect_launcher, is_speaker, ranks_are_lost
+from lockstep.runtime.launcher import detect_launcher, mpi_misses_processes, reports_errors
 
 STARTED = time.monotonic() - time.process_time()  # about when this process began
 SILENT_UNTIL = GIVE_UP_AT + 0.5
@@ -59,12 +59,12 @@ def is_this_one_to_speak(facts: Facts) -> bool:
     """Rank 0; where MPI did not start, the launcher's."""
     if facts.joined is None:
         return facts.launcher.rank == 0
-    return is_speaker(facts.launcher, facts.joined.rank, facts.joined.size)
+    return reports_errors(facts.launcher, facts.joined.rank, facts.joined.size)
 
 
 def let_another_speak(facts: Facts) -> ExitCode:
     """The first one to leave may have the launcher end all, with its own code."""
-    is_lost = facts.joined is not None and ranks_are_lost(facts.launcher, facts.joined.size)
+    is_lost = facts.joined is not None and mpi_misses_processes(facts.launcher, facts.joined.size)
     if not is_lost and not facts.trouble and facts.can_be_left:
         return ExitCode.DONE
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.UNHEALTHY))

@@ -15,7 +15,7 @@ from lockstep.data.image_set import ImageSet, LabelledImages
 from lockstep.data.item_set import IMAGENET_MEAN, IMAGENET_STD, Items, ItemSet
 from lockstep.data.synthetic import load_synthetic
 from lockstep.runtime.errors import DataError, SettingsError
-from lockstep.runtime.importing import find
+from lockstep.runtime.importing import import_object
 from lockstep.settings import DataSettings
 
 HELD_OUT = ("val", "test", "valid")  # possible names of the held-out folder; the first that exists is used
@@ -101,7 +101,7 @@ def _load_folder(settings: DataSettings, train: bool) -> ItemSet:
 
 def _load_own(settings: DataSettings, train: bool) -> ItemSet:
     """Load a user's own data set by calling the named function or class with (root, train)."""
-    make = find(settings.name, "data.name")
+    make = import_object(settings.name, "data.name")
     try:
         samples = make(settings.root, train)
         if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):

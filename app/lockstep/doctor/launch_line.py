@@ -9,7 +9,7 @@ from lockstep.doctor.findings import Finding
 from lockstep.doctor.node_checks import UNBOUND, visible_gpus
 from lockstep.runtime.affinity import num_cores
 from lockstep.runtime.hints import in_environment, train_program
-from lockstep.runtime.launcher import pmi_of
+from lockstep.runtime.launcher import srun_mpi_option
 
 
 def launch_line(facts: Facts, findings: Sequence[Finding]) -> str:
@@ -51,7 +51,7 @@ def _in_slurm(facts: Facts, ranks_of_nodes: dict[str, int], unbound: bool) -> st
         a_node = next(iter(ranks_of_nodes.values()))
         num_ranks = facts.launcher.tasks_asked or a_node * num_nodes
     version = facts.joined.version if facts.joined else facts.local.installation.mpi
-    pmi = pmi_of(version)
+    pmi = srun_mpi_option(version)
     offered = slurm.mpi_types if isinstance(slurm, Slurm) else ()
     if offered and not any(name.startswith(pmi) for name in offered):
         return f"{_mpirun(facts)} -np {num_ranks}{' --bind-to none' if unbound else ''}"

@@ -5,7 +5,7 @@ import re
 from lockstep.comm.stop import END_TIME_VARIABLES, SIGNALS
 from lockstep.doctor.facts import Facts, Slurm, Unknown
 from lockstep.doctor.findings import Finding, fault, ok, warning
-from lockstep.runtime.launcher import SRUN, pmi_of
+from lockstep.runtime.launcher import SRUN, srun_mpi_option
 
 HEEDED = {text for signal in SIGNALS for text in (signal.name.removeprefix("SIG"), signal.name, str(signal.value))}
 KILL_WAIT, SIGNAL_AHEAD = 30, 60  # seconds; Slurm looks at its clock every 30
@@ -64,7 +64,7 @@ def _judge_srun(facts: Facts, slurm: Slurm) -> list[Finding]:
     if facts.launcher.name == SRUN and stays:
         what = "a rank that dies leaves the others waiting (KillOnBadExit=0)"
         found.append(warning("Slurm", what, "srun --kill-on-bad-exit=1, as below"))
-    pmi = pmi_of(facts.joined.version if facts.joined else facts.local.installation.mpi)
+    pmi = srun_mpi_option(facts.joined.version if facts.joined else facts.local.installation.mpi)
     if slurm.mpi_types and not any(offered.startswith(pmi) for offered in slurm.mpi_types):
         what = f"srun does not offer --mpi={pmi}, which this MPI understands: {', '.join(slurm.mpi_types)}"
         found.append(warning("Slurm", what, "use mpirun in the allocation, as below"))

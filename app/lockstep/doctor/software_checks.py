@@ -9,7 +9,13 @@ from lockstep.doctor.formatting import count, nccl_version, numbers_in, some_of
 from lockstep.doctor.gathering import NO_ANSWER
 from lockstep.runtime.hints import train_program
 from lockstep.runtime.installation import Installation
-from lockstep.runtime.launcher import NONE, describe_loss, how_to_start, ranks_are_lost, remark_on
+from lockstep.runtime.launcher import (
+    NONE,
+    describe_mismatch,
+    how_to_start,
+    missing_launcher_warning,
+    mpi_misses_processes,
+)
 
 # What makes a run slow or its sums vary, if it has this value (None: any).
 SPOILERS = {
@@ -31,10 +37,10 @@ def check_launcher_says_what_mpi_says(facts: Facts) -> list[Finding]:
     if launcher.is_gloo:
         what = f"{launcher}: MPI has no part in it, so that ranks are not compared with each other"
         return [warning("launcher", what, f"start the doctor with {facts.local.installation.mpirun}")]
-    if ranks_are_lost(launcher, joined.size):
+    if mpi_misses_processes(launcher, joined.size):
         fix = how_to_start(launcher, joined.version, facts.local.installation.mpirun, train_program())
-        return [fault("launcher", describe_loss(launcher, joined.size, joined.version), fix)]
-    if remark := remark_on(launcher, joined.size):
+        return [fault("launcher", describe_mismatch(launcher, joined.size, joined.version), fix)]
+    if remark := missing_launcher_warning(launcher, joined.size):
         return [warning("launcher", remark.removeprefix("warning: "), "as below")]
     if launcher.name == NONE:
         return [ok("launcher", f"none known, and MPI says {count(joined.size, 'rank')}")]

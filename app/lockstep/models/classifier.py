@@ -11,7 +11,7 @@ from lockstep.models.log_probabilities import LogProbabilities
 from lockstep.models.net import net_blocks
 from lockstep.models.vit import vit_blocks
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.importing import made
+from lockstep.runtime.importing import construct
 from lockstep.settings import ModelSettings
 
 Blocks = Iterator[tuple[str, nn.Module]]
@@ -41,7 +41,7 @@ def classifier_blocks(settings: ModelSettings, shape: Shape, num_classes: int) -
                 raise ValueError(f"it takes square images, and these are {height} x {width}")
             yield from vit_blocks(**asdict(settings.vit), image_size=height, channels=channels, num_classes=num_classes)
         elif "." in settings.name:
-            yield "network", made(settings.name, "model.name", nn.Module, shape, num_classes, **settings.options)
+            yield "network", construct(settings.name, "model.name", nn.Module, shape, num_classes, **settings.options)
             yield "log_softmax", LogProbabilities()
         else:
             yield from _torchvision_blocks(settings, shape, num_classes)

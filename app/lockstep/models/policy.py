@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lockstep.models.actions import Actions, Gaussian
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.importing import made
+from lockstep.runtime.importing import construct
 from lockstep.settings import ModelSettings
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -67,7 +67,7 @@ def policy_blocks(settings: ModelSettings, shape: Sequence[int], actions: Action
         elif "." in settings.name:
             yield (
                 "policy",
-                made(settings.name, "model.name", nn.Module, shape, actions.num_outputs + 1, **settings.options),
+                construct(settings.name, "model.name", nn.Module, shape, actions.num_outputs + 1, **settings.options),
             )
         else:
             raise ValueError("ppo takes mlp, nature_cnn or a policy of your own, my_package.MyPolicy")

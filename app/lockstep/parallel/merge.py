@@ -16,7 +16,7 @@ from lockstep.data.sharding import content_hash, shard_bounds
 from lockstep.runtime.errors import ReplicasDifferError
 
 if TYPE_CHECKING:  # importing it makes this process an MPI rank
-    from lockstep.comm.ranks import Ranks
+    from lockstep.comm.cluster import Cluster
 
 ShardedTensors = dict[str, list[Tensor]]
 
@@ -68,7 +68,7 @@ def merge_shards(
 
 
 def merge_on_root(
-    ranks: "Ranks",
+    cluster: "Cluster",
     meta_state: Mapping[str, Tensor],
     shard_of: Callable[[str], Tensor],
     write: Callable[[str, Tensor], None] | None,
@@ -86,12 +86,12 @@ def merge_on_root(
     """
     for name, tensor in meta_state.items():
         mine = shard_of(name).to(tensor.dtype)
-        sent_hashes = ranks.all_gather_object(content_hash(mine))
-        shards = ranks.gather_parts(mine)
+        sent_hashes = cluster.all_gather_object(content_hash(mine))
+        shards = cluster.gather_parts(mine)
         for rank, (shard, sent_hash) in enumerate(zip(shards, sent_hashes, strict=False)):
             if content_hash(shard) != sent_hash:
                 raise ReplicasDifferError(f"the merge of {name}: what came from rank {rank} is not what it sent")
-        if ranks.is_root and write:
+        if cluster.is_root and write:
             write(name, merge_shards({name: shards}, meta_state={name: tensor})[name])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.ranks import Message
+from lockstep.comm.messages import Message
 from lockstep.data.batch import Batch
 from lockstep.parallel.merge import meta_state_of, state_tensors
 from lockstep.parallel.pipeline_plan import (
@@ -82,6 +82,7 @@ class Pipeline(UnshardedStrategy):
             first_names |= _first_names(block, name, sum(first <= index for first in self.firsts), places)
             if self._first <= index < stop:
                 stage.add_module(name, block)
+        self._messages = cluster.require_mpi("the stages of a pipeline send each other messages")
         replicas = cluster.split(grid.same_stage())
         super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), meta_state, first_names, replicas)
         self._posted: deque[Message] = deque()
@@ -195,7 +196,7 @@ class Pipeline(UnshardedStrategy):
     def _receive(self, num_samples: int, stage: int, tag: int) -> Message:
         """Begin to receive from a neighbouring `stage` the outputs of the block between, or their gradients."""
         tensor = self._border(num_samples, self.firsts[max(stage, self._grid.stage)] - 1)
-        return self._cluster.begin_receive(tensor, self._grid.rank_of(stage), tag)
+        return self._messages.begin_receive(tensor, self._grid.rank_of(stage), tag)
 
     def _border(self, num_samples: int, block: int) -> Tensor:
         """An empty tensor of the shape and type of a block's outputs."""
@@ -204,7 +205,7 @@ class Pipeline(UnshardedStrategy):
 
     def _send(self, tensor: Tensor, stage: int, tag: int) -> None:
         self._sent = [message for message in self._sent if not message.is_done]
-        self._sent.append(self._cluster.begin_send(tensor, self._grid.rank_of(stage), tag))
+        self._sent.append(self._messages.begin_send(tensor, self._grid.rank_of(stage), tag))
 
     def _finish_sending(self) -> None:
         for message in self._sent:

@@ -194,7 +194,7 @@ class GradientBuffer:
         self.reduction = settings.reduction
         self._wire = WIRE_TYPES.get(settings.wire)
         parameters = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
-        num_elements, most = sum(parameter.numel() for parameter in parameters), cluster.most_elements(torch.float32)
+        num_elements, most = sum(parameter.numel() for parameter in parameters), cluster.max_elements(torch.float32)
         if settings.reduction == "adasum" and cluster.size > 1 and num_elements > most:  # it is not exact in pieces
             message = f"gradient.reduction is adasum for {num_elements:,} parameters, more than its {most:,}: use sum"
             raise SettingsError(message).as_shared()
@@ -315,7 +315,7 @@ def sum_over_wire_(cluster: Cluster, tensor: Tensor, wire: torch.dtype, name: st
     """
     if cluster.size == 1:
         return
-    if len(tensor) > (most := max(1, cluster.most_elements(wire) - cluster.size)):  # room to pad
+    if len(tensor) > (most := max(1, cluster.max_elements(wire) - cluster.size)):  # room to pad
         for index, piece in enumerate(tensor.split(most)):
             sum_over_wire_(cluster, piece, wire, f"{name}.{index}")
         return

@@ -1,8 +1,8 @@
-"""Gives every rank its own share of the cores and its own GPU, whatever the launcher did.
+"""Assign to every rank of a node its own share of the cores, and its own GPU.
 
-A launcher that binds nothing (`horovodrun` passes `--bind-to none`) leaves it to the kernel to move ranks about, which
-costs a third of the speed on a machine without a spare core. Here a *core* is a physical one, and its *CPUs* are the
-hardware threads that Linux numbers.
+Without a binding (`horovodrun` passes `--bind-to none`) the kernel moves ranks between cores, which costs a third of
+the speed on a machine without a spare core. Here a *core* is a physical one, and its *CPUs* are the hardware threads
+that Linux numbers.
 """
 
 import os
@@ -12,21 +12,21 @@ from pathlib import Path
 
 Cpus = frozenset[int]
 Core = tuple[int, int, int]
-"""(NUMA node, package, core): neighbours sort together."""
+"""(NUMA node, package, core): sorts neighbouring cores together."""
 
 LOWEST_PRIORITY = 19
 _SYSTEM = Path("/sys/devices/system")
 
 
 def share_cores(pools: Sequence[Cpus], core_of: Mapping[int, Core]) -> list[Cpus]:
-    """Divide a node's CPUs over its ranks.
+    """Divide a node's CPUs among its ranks.
 
-    Ranks with the same pool divide it into runs of whole neighbouring cores, or of CPUs where there are more ranks than
-    cores. A rank with a pool of its own keeps it: so a launcher's binding is respected. Where ranks outnumber the CPUs,
-    all keep the whole pool, for the kernel to balance.
+    Ranks with the same pool divide it into runs of whole neighbouring cores, or of CPUs if there are more ranks than
+    cores. A rank with a pool of its own keeps it, which respects a launcher's binding. If ranks outnumber the CPUs,
+    each keeps the whole pool, and the kernel balances them.
 
     Args:
-        pools: the CPUs that each local rank may run on, in the order of the local ranks.
+        pools: the CPUs that each local rank may run on, by local rank.
         core_of: the core of each CPU.
     """
     shares = list(pools)
@@ -48,12 +48,12 @@ def num_cores(cpus: Cpus, core_of: Mapping[int, Core]) -> int:
 
 
 def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int | None]:
-    """For each local rank, which of the GPUs that it sees it shall use: the one that fewest ranks before it took.
+    """Choose for each local rank, among the GPUs that it sees, the number of the one that fewest ranks before it use.
 
-    So it makes no difference whether a scheduler shows all GPUs to all ranks, or each rank its own as number 0.
+    It works whether a scheduler shows all GPUs to all ranks, or to each rank only its own, as number 0.
 
     Args:
-        visible: the UUIDs that each local rank sees, in the order of its device numbers.
+        visible: the UUIDs of the GPUs that each local rank sees, in the order of its device numbers.
     """
     taken: dict[str, int] = {}
     chosen: list[int | None] = []
@@ -68,30 +68,30 @@ def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int | None]:
 
 
 def allowed_cpus() -> Cpus:
-    """The CPUs that this process may run on now."""
+    """The CPUs that the calling thread may run on now."""
     return frozenset(os.sched_getaffinity(0))
 
 
 def pin(cpus: Cpus) -> None:
-    """Keep the calling thread, and those that it starts from now on, on `cpus`."""
-    with suppress(OSError):  # a container may forbid it; the map that is printed tells what has become of it
+    """Bind the calling thread, and the threads that it starts later, to `cpus`."""
+    with suppress(OSError):  # a container may forbid it; the printed map of CPUs shows the result
         os.sched_setaffinity(0, cpus)
 
 
 def pin_all_threads(cpus: Cpus) -> None:
-    """As `pin`, for every thread that this process has by now."""
+    """Bind every present thread of this process to `cpus`."""
     for thread in _threads():
         with suppress(OSError):  # it has ended, or the container forbids it
             os.sched_setaffinity(thread, cpus)
 
 
 def read_topology(cpus: Cpus) -> dict[int, Core]:
-    """The core of each of `cpus`; a core of its own where Linux does not tell."""
+    """The core of each of `cpus`; if Linux does not tell, each counts as a core."""
     return {cpu: _core_of(cpu) for cpu in cpus}
 
 
 def cpus_near(pci_address: str) -> Cpus:
-    """The CPUs of the NUMA node that a GPU hangs on, by its address such as `0000:1b:00.0`; none if Linux is silent."""
+    """The CPUs of the NUMA node of a GPU, by its address such as `0000:1b:00.0`; none if Linux does not tell."""
     try:
         return _parse_cpu_list(Path(f"/sys/bus/pci/devices/{pci_address}/local_cpulist").read_text())
     except (OSError, ValueError):
@@ -100,11 +100,11 @@ def cpus_near(pci_address: str) -> Cpus:
 
 @contextmanager
 def threads_at_lowest_priority() -> Iterator[None]:
-    """Threads of this process that are started inside give way to all others from then on.
+    """Give the lowest priority to threads that this process starts inside.
 
-    For Horovod's thread, which looks for work at every cycle and then polls for the other ranks' threads: it takes 1 to
-    2 % of a core away from a rank that computes there, and ten times less so. While the rank waits for it, it has the
-    core to itself.
+    For Horovod's thread, which polls for work and for the other ranks: at normal priority it takes 1 to 2 % of a core
+    from a rank that computes there, at the lowest a tenth of that. While the rank waits for it, the thread has
+    the core to itself.
     """
     before = _threads()
     yield

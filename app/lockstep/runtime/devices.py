@@ -1,4 +1,4 @@
-"""The GPU and the cores of this rank, agreed with the other ranks of its node."""
+"""Choose the GPU and the cores of this rank, together with the other ranks of its node."""
 
 import os
 from collections import Counter
@@ -24,7 +24,7 @@ AllGather = Callable[[Any], list[Any]]
 
 
 def choose_device(all_gather: AllGather, local_rank: int, with_gpus: bool) -> torch.device:
-    """Collective over one node: the GPU of this rank; the CPU where there is none, or not `with_gpus`."""
+    """Collective over one node: choose the GPU of this rank; the CPU without GPUs, or if not `with_gpus`."""
     num_gpus = torch.cuda.device_count() if with_gpus and torch.cuda.is_available() else 0
     visible = [str(torch.cuda.get_device_properties(index).uuid) for index in range(num_gpus)]
     index = choose_gpus(all_gather(visible))[local_rank]
@@ -35,7 +35,7 @@ def choose_device(all_gather: AllGather, local_rank: int, with_gpus: bool) -> to
 
 
 def bind_to_cores(all_gather: AllGather, local_rank: int, device: torch.device) -> None:
-    """Collective over one node: this rank's share of the cores near its GPU, and a compute thread for each of them."""
+    """Collective over one node: bind this rank to its share of the cores near its GPU, one compute thread each."""
     allowed = allowed_cpus()
     pools = all_gather((allowed & _cpus_near(device)) or allowed)
     topology = read_topology(frozenset().union(*pools))
@@ -47,7 +47,7 @@ def bind_to_cores(all_gather: AllGather, local_rank: int, device: torch.device) 
 
 
 def gpu_name(device: torch.device, node: str) -> str | None:
-    """A name that no other GPU of the job has; None for the CPU."""
+    """A unique name of the GPU within the job; None for the CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -57,12 +57,16 @@ def gpu_name(device: torch.device, node: str) -> str | None:
 def _cpus_near(device: torch.device) -> Cpus:
     if device.type != "cuda":
         return frozenset()
-    gpu: Any = torch.cuda.get_device_properties(device)  # typed without its address
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's type lacks the PCI address
     return cpus_near(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
 
 
 def check_gpus(names: Sequence[str | None]) -> None:
-    """`names` of all ranks. Raises SettingsError on every rank: several share one."""
+    """Raise a SettingsError, on every rank, if several ranks share a GPU.
+
+    Args:
+        names: every rank's `gpu_name`.
+    """
     gpus = [name for name in names if name]
     if shared_gpus := [gpu for gpu, num_ranks in Counter(gpus).items() if num_ranks > 1]:
         raise SettingsError(

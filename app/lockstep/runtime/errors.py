@@ -1,8 +1,8 @@
-"""Errors for people, and the exit code that each one ends the job with.
+"""Errors that are shown to the user, each with the exit code that the job ends with.
 
 A *shared* error was raised on every rank by the same collective (see `Cluster.on_root` and `Cluster.on_every_rank`):
-rank 0 tells it and all ranks leave in good order. Any other error belongs to one rank while the rest may wait for it
-in a collective: that rank tells it and aborts the whole job, so that nobody hangs.
+rank 0 prints it and all ranks leave together. Any other error belongs to one rank while the others may wait for it in a
+collective: that rank prints it and aborts the whole job, so that no rank hangs.
 """
 
 import sys
@@ -28,17 +28,17 @@ class ExitCode(IntEnum):
 
 
 class LockstepError(Exception):
-    """What is wrong, where, and what to do: shown as it is, without a traceback.
+    """An error whose message says what is wrong, where, and what to do: shown without a traceback.
 
     Attributes:
-        shared: raised on every rank alike, so that the ranks can leave together.
+        shared: whether every rank raises it, so that they can leave together.
     """
 
     exit_code = ExitCode.BUG
     shared = False
 
     def as_shared(self) -> Self:
-        """This error, marked as one that every rank raises in the same place."""
+        """Mark this error as one that every rank raises in the same place; returns it."""
         self.shared = True
         return self
 
@@ -74,7 +74,7 @@ class UnhealthyError(LockstepError):
 
 
 class StoppedError(LockstepError):
-    """Not an error of anybody's: the run was asked to stop, has saved, and can go on."""
+    """No failure: the run was asked to stop, has saved, and can be resumed."""
 
     exit_code = ExitCode.STOPPED
 
@@ -86,7 +86,7 @@ class StorageError(LockstepError):
 
 
 def run_alone(main: Callable[[], None]) -> None:
-    """Run a program that no other rank takes part in, without MPI: for login nodes."""
+    """Run a program of one process, without MPI: for login nodes."""
     try:
         main()
     except LockstepError as error:

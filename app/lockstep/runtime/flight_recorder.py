@@ -1,10 +1,10 @@
-"""The black box: each rank's last sign of life, in a small mapped file that outlives the process however it ends.
+"""The flight recorder: what each rank is doing, in a small memory-mapped file that remains however the process ends.
 
-    recorder/rank00003.bin        what rank 3 was at; `lockstep postmortem RUN` shows all of them
-    recorder/rank00003.stacks     its Python stacks, if it was asked for them
-    recorder/verdict.txt          what the watchdog concluded (watchdog.py)
+    recorder/rank00003.bin        what rank 3 did last; `lockstep postmortem RUN` shows this of all ranks
+    recorder/rank00003.stacks     its Python stacks, written when the watchdog notices a stall
+    recorder/verdict.txt          the watchdog's verdict (comm/watchdog.py)
 
-Writing costs a microsecond and no system call: the kernel has the page, and writes it to the disk when it likes.
+Writing costs a microsecond and no system call: the page belongs to the kernel, which writes it to the disk later.
 """
 
 import mmap
@@ -24,7 +24,7 @@ WAITING = "waiting"
 _IDENTITY = struct.Struct("<4sIII64s")  # magic, rank, size, process id, host
 _PHASE = struct.Struct("<QdQ48s")  # number of events, time of the last one, update, phase
 _WAIT = struct.Struct("<dQ64s")  # since when it waits (0: it does not), number of collectives, the last one's name
-_NOTICE = struct.Struct("<d128s")  # when its watchdog noticed a stall (0: not), and whom it found in a bad state
+_NOTICE = struct.Struct("<d128s")  # when its watchdog noticed a stall (0: not), and ranks in a bad state
 _MAGIC = b"LSB1"
 _PHASE_AT = _IDENTITY.size
 _WAIT_AT = _PHASE_AT + _PHASE.size
@@ -34,18 +34,18 @@ SIZE = _NOTICE_AT + _NOTICE.size
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one rank's record says. Times are seconds since the epoch, by that rank's node.
+    """The content of one rank's record. Times are seconds since the epoch, by the clock of that rank's node.
 
     Attributes:
-        num_events: how often it has written.
-        since: when it began what it is at: a phase, or the waiting for a collective.
+        num_events: how many times the rank has written.
+        since: when its current phase, or its current wait in a collective, began.
         update: the update it is in, counted from 1; 0 before the first.
-        phase: what it does, or would do if it did not wait.
-        collective: the last one that it entered, such as `gradient.0 all-reduce`.
-        is_waiting: it has not come out of it.
-        num_collectives: those it has entered.
-        noticed: when its watchdog noticed that nothing goes on; 0 where it did not.
-        seen: the ranks of its node whose process it then found stopped or gone, with the state.
+        phase: what it is doing, apart from waiting.
+        collective: the last one entered, such as `gradient.0 all-reduce`.
+        is_waiting: whether it is still in that collective.
+        num_collectives: how many it has entered.
+        noticed: when its watchdog noticed a stall; 0 if it did not.
+        seen: the ranks of its node whose process was then stopped or gone, each with its state.
     """
 
     rank: int
@@ -64,13 +64,13 @@ class Heartbeat:
 
 
 class FlightRecorder:
-    """This rank's record. Without a file it is kept in memory, for the accounts alone.
+    """Records what this rank is doing: into a file after `write_to`, and how long it did it.
 
     Attributes:
-        num_events: grows with every sign of life.
-        seconds: how long the rank was at each phase, and `waiting` in collectives, of whatever phase. On GPUs, queued
-            work is charged to the phase in which the host waits for it.
-        history: a list put here is told every change: when, to which phase, and for which collective it waits.
+        num_events: grows with every call; the watchdog takes a constant number for a stall.
+        seconds: time spent in each phase, and under `waiting` in the collectives of all phases. On GPUs, queued work
+            counts for the phase in which the host waits for it.
+        history: if set to a list, every change is appended: time, new phase, and the collective if it is a wait.
     """
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ class FlightRecorder:
 
     @property
     def is_starting(self) -> bool:
-        """It has not come to its first phase yet."""
+        """Whether the first phase has not begun yet."""
         return self._phase == STARTING
 
-    def keep_in(self, path: Path, rank: int, size: int) -> None:
-        """From now on the record is the file at `path`. Raises OSError where it cannot be made."""
+    def write_to(self, path: Path, rank: int, size: int) -> None:
+        """Write the record to the file at `path` from now on. Raises OSError if it cannot be made."""
         with path.open("wb+") as file:
-            file.write(bytes(mmap.PAGESIZE))  # blocks of its own: with a hole, a full disk would end in SIGBUS
+            file.write(bytes(mmap.PAGESIZE))  # allocates blocks: writing to a hole on a full disk would end in SIGBUS
             file.flush()
             self._record = mmap.mmap(file.fileno(), mmap.PAGESIZE)
             self._descriptor = os.dup(file.fileno())
@@ -101,7 +101,7 @@ class FlightRecorder:
         self.enter(self._phase)
 
     def enter(self, phase: str, update: int | None = None) -> None:
-        """From here on the rank is at `phase`, of `update` (counted from 1) if one is named, else of the same."""
+        """Begin `phase`, of `update` (counted from 1) or of the same update as before."""
         self._account(phase)
         self._phase = phase
         if update is not None:
@@ -109,13 +109,13 @@ class FlightRecorder:
         self._write_phase()
 
     def beat(self) -> None:
-        """Still at the same, and getting on with it."""
+        """Record that the current phase makes progress."""
         self._account(self._phase)
         self._write_phase()
 
     @contextmanager
     def waiting(self, collective: str) -> Iterator[None]:
-        """Inside, the rank waits for other ranks."""
+        """Record that the rank waits for other ranks in `collective`."""
         self._account(WAITING, collective)
         self._num_collectives += 1
         self._write_phase()
@@ -129,8 +129,8 @@ class FlightRecorder:
             self._write_phase()
 
     @contextmanager
-    def apart(self, phase: str) -> Iterator[None]:
-        """Inside, the rank is at `phase`, which all time is charged to: waiting there says nothing of other ranks."""
+    def charge_all_to(self, phase: str) -> Iterator[None]:
+        """Begin `phase` and charge all time inside to it, waits included: these say nothing about slow ranks."""
         self.enter(phase)
         before, began = dict(self.seconds), self._since
         yield
@@ -138,23 +138,23 @@ class FlightRecorder:
         self.seconds = {**before, phase: before.get(phase, 0.0) + self._since - began}
 
     def take_seconds(self) -> dict[str, float]:
-        """`seconds` up to now; from here on they count from 0."""
+        """Return `seconds` up to now, and start again from 0."""
         self.beat()
         taken, self.seconds = self.seconds, {}
         return taken
 
-    def notice(self, seen: str) -> None:
-        """A stall was noticed; puts the record on the disk, where other nodes look for it."""
+    def record_stall(self, seen: str) -> None:
+        """Record that the watchdog has noticed a stall, and flush the record to disk, for the other nodes to read."""
         _NOTICE.pack_into(self._record, _NOTICE_AT, time.time(), seen.encode())
         if self._descriptor is not None:
-            os.fsync(self._descriptor)  # which, unlike the map's own flush, lets other threads run meanwhile
+            os.fsync(self._descriptor)  # unlike the map's own flush, it releases the interpreter's lock
 
-    def _account(self, next_one: str, collective: str = "") -> None:
+    def _account(self, next_phase: str, collective: str = "") -> None:
         now = time.time()
         if self.history is not None:
-            self.history.append((now, next_one, collective))
+            self.history.append((now, next_phase, collective))
         self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._since
-        self._current, self._since = next_one, now
+        self._current, self._since = next_phase, now
         self.num_events += 1
 
     def _write_phase(self) -> None:
@@ -167,7 +167,7 @@ def record_path(folder: Path, rank: int) -> Path:
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """What every rank has left in `folder`, in their order; what is no record is passed over."""
+    """Read the records of all ranks in `folder`, in rank order; files that are no record are skipped."""
     found = []
     for file in sorted(folder.glob("rank*.bin")):
         try:
@@ -178,11 +178,10 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
 
 
 def stragglers(seconds_of_ranks: Sequence[Mapping[str, float]]) -> tuple[int, float]:
-    """The slowest rank, which is the one that waits least for the others, and the share of all ranks' time that is lost
-    by waiting for it.
+    """The slowest rank, which waits least for the others, and the fraction of all ranks' time spent waiting for it.
 
     Args:
-        seconds_of_ranks: of each rank, how long it was at each phase, and waiting.
+        seconds_of_ranks: each rank's `FlightRecorder.seconds`.
     """
     waits = [seconds.get(WAITING, 0.0) for seconds in seconds_of_ranks]
     total = sum(sum(seconds.values()) for seconds in seconds_of_ranks)

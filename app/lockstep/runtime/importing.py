@@ -1,4 +1,4 @@
-"""What a user's own package brings in by its name."""
+"""Import a user's own functions, classes and modules by their dotted names."""
 
 import importlib
 import reprlib
@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 
 from lockstep.runtime.errors import SettingsError
 
-Made = TypeVar("Made")
+Object = TypeVar("Object")
 
 
-def find(name: str, setting: str) -> Any:
-    """What `name` (such as my_package.my_module.MyNet) stands for.
+def import_object(name: str, setting: str) -> Any:
+    """Import the object `name`, such as my_package.my_module.MyNet.
 
     Args:
-        setting: that asks for it, for the message.
+        setting: the name of the setting that asks for it, for the message.
 
     Raises:
-        SettingsError: there is no such module, or nothing of that name in it; or it fails as it is imported.
+        SettingsError: there is no such module or attribute, or importing it fails.
     """
     module, _, attribute = name.rpartition(".")
     found = import_module(module, setting)
@@ -31,7 +31,7 @@ def find(name: str, setting: str) -> Any:
 
 
 def _hidden_by(found: ModuleType) -> str:
-    """What to say if the installed package `found` hides a module of the working folder; nothing if it does not."""
+    """A hint for the message if the installed package `found` hides a module of the working folder; else empty."""
     top = found.__name__.partition(".")[0]
     here = Path.cwd()
     mine = next((path for path in (here / f"{top}.py", here / top) if path.exists()), None)
@@ -41,7 +41,7 @@ def _hidden_by(found: ModuleType) -> str:
 
 
 def _look_in_working_folder() -> str:
-    """Let modules of the working folder be found: after all that is installed, and before the programs of a clone."""
+    """Put the working folder on `sys.path`, behind installed packages, before the programs of a clone; returns it."""
     here, programs = str(Path.cwd()), str(Path(__file__).parents[2])
     if here not in sys.path:
         in_clone = programs in sys.path and (Path(programs) / "train.py").is_file()
@@ -49,13 +49,13 @@ def _look_in_working_folder() -> str:
     return here
 
 
-def made(name: str, setting: str, kind: type[Made], *args: Any, **options: Any) -> Made:
-    """What `name`, called with the rest, gives: a `kind`.
+def construct(name: str, setting: str, kind: type[Object], *args: Any, **options: Any) -> Object:
+    """Import `name` and call it with the other arguments; the result, which must be a `kind`.
 
     Raises:
-        SettingsError: there is no such thing, or it gives something else.
+        SettingsError: it cannot be imported, or the result is no `kind`.
     """
-    found = find(name, setting)(*args, **options)
+    found = import_object(name, setting)(*args, **options)
     if not isinstance(found, kind):
         what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
         raise SettingsError(
@@ -65,15 +65,15 @@ def made(name: str, setting: str, kind: type[Made], *args: Any, **options: Any) 
 
 
 def import_module(name: str, setting: str) -> ModuleType:
-    """The module `name`, which is installed, on PYTHONPATH or in the working folder.
+    """Import the module `name`, which is installed, on PYTHONPATH or in the working folder.
 
     Raises:
-        SettingsError: there is none, or it fails as it is imported.
+        SettingsError: there is no such module, or importing it fails.
     """
     here = _look_in_working_folder()
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever a user's module raises as it is imported
+    except Exception as error:  # importing a user's module may raise anything
         raise SettingsError(
             f"{setting} needs the module {name}, which cannot be imported ({type(error).__name__}: {error}): it must "
             f"be installed, on PYTHONPATH or in {here}"

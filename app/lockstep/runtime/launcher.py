@@ -1,7 +1,7 @@
-"""Which launcher started this process, what it says of the job, and whether MPI says the same.
+"""Detect the launcher that started this process, and compare its rank and size with MPI's.
 
-A launcher and an MPI that do not know each other give N processes that are each "rank 0 of 1": N trainings that write
-over each other. What a launcher says stands in variables of the environment; what MPI says decides.
+A launcher and an MPI that do not work together start N processes that are each "rank 0 of 1": N trainings that
+overwrite each other. The launcher's rank and size are read from the environment; those of MPI are the ones used.
 """
 
 import os
@@ -23,14 +23,14 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Launcher:
-    """What started this process, and what it says.
+    """The launcher that started this process, and the ranks it has assigned.
 
     Attributes:
-        name: one of those above, or another that is as well known.
-        rank, size: this process among all that it started.
-        local_rank, local_size: the same on this node; None where it does not say.
-        pmi: how srun offers to tell a process its rank (`--mpi`): `none`, `pmi2`, `pmix`, ...; empty for the others.
-        tasks_asked: how many tasks this Slurm job is for; 0 outside of one, and where it does not say.
+        name: one of the constants above, or the name of another launcher in `_LAUNCHERS`.
+        rank, size: of this process among all that it started.
+        local_rank, local_size: the same on this node; None if the launcher does not set them.
+        pmi: how srun passes the rank to MPI (`--mpi`): `none`, `pmi2`, `pmix`, ...; empty for other launchers.
+        tasks_asked: the number of tasks of this Slurm job; 0 outside of one, or if Slurm does not set it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Launcher:
 
     @property
     def is_gloo(self) -> bool:
-        """Horovod's ranks are told by its own launcher, and MPI, which has no part in it, says 1 to each."""
+        """Whether Horovod takes its ranks from its own launcher: MPI counts 1 rank in each process."""
         return self.name == GLOO
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Launcher:
 
 @dataclass(frozen=True)
 class _Variables:
-    """What one launcher's variables are called. It is that launcher if rank, size and `sign` are all there."""
+    """The names of a launcher's variables. It is that launcher if those of rank and size, and `sign`, are all set."""
 
     name: str
     rank: str
@@ -62,8 +62,8 @@ class _Variables:
     sign: str = ""
 
 
-# Whoever starts its processes through another one comes before it: those of mpirun and Hydra are children of srun in a
-# Slurm job, and have its variables, too, which then count the daemons of mpirun.
+# The order matters: in a Slurm job, mpirun and Hydra start their daemons through srun, so that their processes have
+# srun's variables, too, which count daemons.
 _LAUNCHERS = (
     _Variables(GLOO, "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", "HOROVOD_CONTROLLER"),
     _Variables(
@@ -85,14 +85,14 @@ _LAUNCHERS = (
     ),
     _Variables("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     _Variables(HYDRA, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-    # Of a step only: the script of a batch job has SLURM_PROCID=0 and SLURM_NTASKS, and is no rank.
+    # Job steps only: the script of a batch job, which is no rank, has SLURM_PROCID=0 and SLURM_NTASKS.
     _Variables(SRUN, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", sign="SLURM_STEP_ID"),
     _Variables(TORCHRUN, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
 )
 
 
 def detect_launcher(environment: Mapping[str, str]) -> Launcher:
-    """What started a process with these variables."""
+    """The launcher that has set these variables."""
     tasks_asked = _number(environment, "SLURM_NTASKS") or 0
     for known in _LAUNCHERS:
         rank, size = _number(environment, known.rank), _number(environment, known.size)
@@ -109,40 +109,40 @@ def detect_launcher(environment: Mapping[str, str]) -> Launcher:
     return Launcher(NONE, tasks_asked=tasks_asked)
 
 
-def ranks_are_lost(launcher: Launcher, mpi_size: int) -> bool:
-    """MPI has fewer ranks than processes were started, so that several of them believe that they are the same rank."""
+def mpi_misses_processes(launcher: Launcher, mpi_size: int) -> bool:
+    """Whether MPI counts fewer ranks than processes were started, so that several processes are the same rank."""
     return launcher.size > mpi_size and not launcher.is_gloo
 
 
-def is_speaker(launcher: Launcher, mpi_rank: int, mpi_size: int) -> bool:
-    """This process is the one that tells what all of them find: rank 0, and among several such, the launcher's."""
+def reports_errors(launcher: Launcher, mpi_rank: int, mpi_size: int) -> bool:
+    """Whether this process prints errors that all have found: MPI's rank 0, or the launcher's if there are several."""
     return launcher.rank == 0 if launcher.size > mpi_size else mpi_rank == 0
 
 
-def this_process_speaks() -> bool:
-    """This process tells what concerns all, before MPI has started: rank 0 by the launcher's word."""
+def this_process_reports() -> bool:
+    """Whether this process prints errors that all have found, before MPI is loaded: the launcher's rank 0."""
     return detect_launcher(os.environ).rank == 0
 
 
 def check_launcher(launcher: Launcher, mpi_size: int, mpi_version: str, mpirun: str) -> None:
-    """Refuse the processes of a launcher that MPI knows nothing of.
+    """Refuse to run if MPI counts fewer ranks than the launcher has started.
 
     Args:
-        mpi_size: how many ranks MPI says there are.
-        mpi_version: of the MPI that is loaded, such as `Open MPI v5.0.11`.
-        mpirun: the one that belongs to it.
+        mpi_size: the number of ranks that MPI counts.
+        mpi_version: of the loaded MPI, such as `Open MPI v5.0.11`.
+        mpirun: the path of its mpirun.
 
     Raises:
-        SettingsError: on each of the processes, as a shared one.
+        SettingsError: in each of the processes, as a shared one.
     """
-    if ranks_are_lost(launcher, mpi_size):
+    if mpi_misses_processes(launcher, mpi_size):
         command = shlex.join([*this_program(), *sys.argv[1:]])
         fix = how_to_start(launcher, mpi_version, mpirun, command)
-        raise SettingsError(f"{describe_loss(launcher, mpi_size, mpi_version)}. {fix}").as_shared()
+        raise SettingsError(f"{describe_mismatch(launcher, mpi_size, mpi_version)}. {fix}").as_shared()
 
 
-def describe_loss(launcher: Launcher, mpi_size: int, mpi_version: str) -> str:
-    """What is wrong where `ranks_are_lost`, and why."""
+def describe_mismatch(launcher: Launcher, mpi_size: int, mpi_version: str) -> str:
+    """What is wrong if `mpi_misses_processes`, and why."""
     if launcher.name == SRUN:
         cause = f"it does not understand what srun offers (--mpi={launcher.pmi})"
     elif launcher.name == TORCHRUN:
@@ -157,9 +157,9 @@ def describe_loss(launcher: Launcher, mpi_size: int, mpi_version: str) -> str:
 
 
 def how_to_start(launcher: Launcher, mpi_version: str, mpirun: str, command: str) -> str:
-    """The way to start as many ranks of `command` that MPI understands."""
+    """How to start `command` with as many ranks such that MPI knows them."""
     ours = in_environment(f"{mpirun} -np {launcher.size} {command}")
-    pmi = pmi_of(mpi_version)
+    pmi = srun_mpi_option(mpi_version)
     if launcher.name != SRUN:
         return f"Start it with the mpirun of this MPI: {ours}"
     if launcher.pmi == pmi:
@@ -168,8 +168,8 @@ def how_to_start(launcher: Launcher, mpi_version: str, mpirun: str, command: str
     return f"Start it with: {srun}   or, if this Slurm has no {pmi}, in an allocation (salloc, sbatch): {ours}"
 
 
-def remark_on(launcher: Launcher, mpi_size: int) -> str | None:
-    """A line for people, if ranks were asked for which nothing started: a script that forgot its srun."""
+def missing_launcher_warning(launcher: Launcher, mpi_size: int) -> str | None:
+    """A warning if the Slurm job has several tasks, but this rank was started alone: a script without srun."""
     if launcher.name == NONE and mpi_size == 1 and launcher.tasks_asked > 1:
         return (
             f"warning: this Slurm job is for {launcher.tasks_asked} tasks, and this is the only rank: nothing started "
@@ -178,8 +178,8 @@ def remark_on(launcher: Launcher, mpi_size: int) -> str | None:
     return None
 
 
-def pmi_of(mpi_version: str) -> str:
-    """The `--mpi` of srun that an MPI library understands."""
+def srun_mpi_option(mpi_version: str) -> str:
+    """The value of srun's `--mpi` that an MPI library supports."""
     return "pmix" if "Open MPI" in mpi_version else "pmi2"
 
 

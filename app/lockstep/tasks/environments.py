@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lockstep.runtime.affinity import allowed_cpus
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.importing import import_module, made
+from lockstep.runtime.importing import construct, import_module
 from lockstep.settings import EnvSettings
 
 PACKAGES = ("ale_py", "highway_env")  # their import registers environments
@@ -88,7 +88,7 @@ def make_one(settings: EnvSettings, **options: Any) -> gym.Env[Any, Any]:
     options = {**settings.options, **options}
     is_class = "." in settings.id and ":" not in settings.id
     if is_class:
-        make: Callable[[], gym.Env[Any, Any]] = lambda: made(settings.id, "env.id", gym.Env, **options)  # noqa: E731
+        make: Callable[[], gym.Env[Any, Any]] = lambda: construct(settings.id, "env.id", gym.Env, **options)  # noqa: E731
     else:
         _register(settings.id)
         make = lambda: gym.make(settings.id, disable_env_checker=True, **options)  # noqa: E731

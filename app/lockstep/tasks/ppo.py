@@ -32,6 +32,7 @@ from lockstep.settings import Settings
 from lockstep.tasks.environments import Environments
 from lockstep.tasks.episodes import Episodes, Generators, play
 from lockstep.tasks.rollout import Rollout, RolloutLoader
+from lockstep.tasks.rollout_preemption import WHY_MPI
 from lockstep.tasks.task import Forward, Task, evaluating
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
@@ -77,7 +78,7 @@ class Ppo(Task):
             message = f"env.num_envs is {num_envs}: each of the {cluster.size} ranks needs one or more"
             raise SettingsError(message).as_shared()
         if settings.ppo.preemption_threshold is not None:
-            cluster.require_mpi("ppo.preemption_threshold is set: ranks tell each other when they have finished")
+            cluster.require_mpi(WHY_MPI)
         start, stop = shard_bounds(num_envs, cluster.size)[cluster.rank : cluster.rank + 2]
         self.environments = cluster.on_every_rank(lambda: Environments(settings.env, int(stop - start)))
         self.actions = cluster.on_every_rank(lambda: build_actions(self.environments.action_space))

@@ -8,7 +8,7 @@ from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
-from lockstep.runtime.memory import give_freed_memory_back
+from lockstep.runtime.memory import release_freed_memory
 from lockstep.settings import Settings
 from lockstep.tasks.classify import Classify
 from lockstep.tasks.task import Task
@@ -55,7 +55,7 @@ def build_trainer(
     """
     grid = RankGrid.of(settings, cluster.rank, cluster.size)
     strategy = build_strategy(cluster, settings, task, grid)
-    give_freed_memory_back()
+    release_freed_memory()
     return Trainer(cluster, settings, task, strategy, grid, folder, resume, handover, hooks)
 
 

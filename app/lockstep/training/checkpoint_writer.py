@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.comm.ranks import Ranks
+from lockstep.comm.cluster import Cluster
 from lockstep.parallel.tensor_slices import State
 from lockstep.runtime.errors import StorageError
 from lockstep.settings import CheckpointSettings
@@ -32,7 +32,7 @@ class CheckpointWriter:
         seconds_waited: by `wait_for_copy`, in all.
     """
 
-    def __init__(self, run: Path, settings: CheckpointSettings, ranks: Ranks) -> None:
+    def __init__(self, run: Path, settings: CheckpointSettings, cluster: Cluster) -> None:
         """Collective.
 
         Raises:
@@ -40,7 +40,7 @@ class CheckpointWriter:
         """
         self._folder = run / FOLDER
         self._settings = settings
-        self._ranks = ranks
+        self._cluster = cluster
         self._snapshot: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -48,7 +48,7 @@ class CheckpointWriter:
         self.seconds_waited = 0.0
         self._copied = threading.Event()
         self._copied.set()
-        ranks.on_root(self._prepare)
+        cluster.on_root(self._prepare)
 
     def _prepare(self) -> None:
         with storage_errors():
@@ -120,15 +120,15 @@ class CheckpointWriter:
         started = time.perf_counter()
         mine: Written | StorageError
         try:
-            mine = write_parts(self._folder, step, state, self._ranks.rank)
+            mine = write_parts(self._folder, step, state, self._cluster.rank)
         except StorageError as error:
             mine = error
-        of_ranks = self._ranks.gather_from_thread(mine)
+        of_ranks = self._cluster.gather_from_thread(mine)
         for rank, written in enumerate(of_ranks):
             if isinstance(written, StorageError):
                 discard(self._folder, step)
                 raise StorageError(f"rank {rank} could not write its part of a checkpoint: {written}")
-        if self._ranks.is_root:
+        if self._cluster.is_root:
             parts = [written for written in of_ranks if isinstance(written, Written)]
             commit(self._folder, step, parts, counters, self._settings.keep)
         elif isinstance(mine, StorageError):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.elastic import CUT_SHORT
+from lockstep.comm.elastic import GENERATION_ENDED
 from lockstep.comm.rendezvous import job_name
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
@@ -62,7 +62,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Standing:
+class _WorkerState:
     """How far one worker is: its trainer's `position`, and its tensors' shapes and types."""
 
     position: dict[str, Any]
@@ -92,7 +92,7 @@ class ElasticState:
 
     def take_over(self, cluster: Cluster) -> InMemoryCheckpoint | None:
         """Collective: get the state that the new generation continues from; None if no worker has a model yet."""
-        standings = cluster.all_gather_object(self._standing())
+        standings = cluster.all_gather_object(self._worker_state())
         steps = [standing.step if standing else -1 for standing in standings]
         leader = steps.index(max(steps))
         furthest = standings[leader]
@@ -119,16 +119,16 @@ class ElasticState:
         it was after the last update that was done.
         """
         if self.trainer:
-            with contextlib.suppress(StorageError, *CUT_SHORT):
+            with contextlib.suppress(StorageError, *GENERATION_ENDED):
                 self.trainer.writer.wait()
             self.trainer.strategy.forget_changes()
 
-    def _standing(self) -> _Standing | None:
+    def _worker_state(self) -> _WorkerState | None:
         if self.trainer is None:
             return None
         state = self.trainer.strategy.state()
         layout = {name: (part.values.shape, part.values.dtype) for name, part in state.items()}
-        return _Standing(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
+        return _WorkerState(self.trainer.position(), self.trainer.metrics.metric_sums(), layout)
 
 
 def check_elastic(settings: Settings) -> None:

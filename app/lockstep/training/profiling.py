@@ -99,7 +99,7 @@ class Profiler:
         self._torch = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], acc_events=True
         )
-        with cluster.recorder.apart(PHASE):
+        with cluster.recorder.charge_all_to(PHASE):
             cluster.on_root(self._make_folder)
             self._torch.start()  # takes a second or two
             cluster.start_timeline(self._folder.path / _HOROVOD)
@@ -120,7 +120,7 @@ class Profiler:
             return
         cluster, profile = self._cluster, self._torch
         self._torch = None
-        with cluster.recorder.apart(PHASE):
+        with cluster.recorder.charge_all_to(PHASE):
             if cluster.device.type == "cuda":
                 torch.cuda.synchronize()
             history, cluster.recorder.history = cluster.recorder.history or [], None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.elastic import GenerationVote, run_elastic
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
+from lockstep.comm.mpi_library import abort_job
 from lockstep.comm.program import tell
-from lockstep.comm.ranks import abort_job
 from lockstep.comm.stop import StopRequests, StopVote, end_time
 from lockstep.comm.watchdog import Watchdog
 from lockstep.parallel.rank_grid import RankGrid

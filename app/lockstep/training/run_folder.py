@@ -152,11 +152,11 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def withdraw_conclusions(self) -> None:
+    def remove_results(self) -> None:
         """Remove the results of an earlier attempt: the run continues."""
         with storage_errors():
-            for conclusion in (SUMMARY, EVALUATION):
-                (self.path / conclusion).unlink(missing_ok=True)
+            for name in (SUMMARY, EVALUATION):
+                (self.path / name).unlink(missing_ok=True)
 
     def begin(self, settings: Settings, environment: Mapping[str, Any], update: int = 0) -> None:
         """Record the settings and environment of this attempt, which begins after `update` updates."""

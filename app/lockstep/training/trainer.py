@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any, NoReturn
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.stop import StopVote, voting
+from lockstep.comm.stop import StopVote, closing_vote
 from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
@@ -78,7 +78,7 @@ class Trainer:
         self._repeats_checkpoint = handover is not None and self._checkpoint_is_due()
         if self.progress.step == 0:
             strategy.synchronise()
-        cluster.on_root(folder.withdraw_conclusions)  # before the run log and the ledger no longer hold them
+        cluster.on_root(folder.remove_results)  # before the run log and the ledger no longer hold them
         attempt = cluster.on_root(lambda: last_attempt(folder.path) + 1)
         path = SampleLedger.path(folder.path, attempt, self.progress.step, cluster.rank, cluster.size)
         keeps = settings.checks.ledger
@@ -104,7 +104,7 @@ class Trainer:
         """
         every, num_epochs = self.task.evaluate_every, self.task.num_epochs
         evaluation = None
-        with self._run_logger, contextlib.closing(self._ledger), self._finishing_to_write(), voting(stop):
+        with self._run_logger, contextlib.closing(self._ledger), self._finishing_to_write(), closing_vote(stop):
             if self._repeats_checkpoint:  # the generation before may not have taken it
                 self.checkpoint()
             for epoch in range(self.loader.epoch, num_epochs):

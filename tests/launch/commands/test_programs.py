@@ -164,7 +164,7 @@ def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None
     """Rank 1 cannot import a module, as on a node with a broken installation, while rank 0 waits for it."""
     program = tmp_path / "fails.py"
     program.write_text(
-        "from lockstep.comm.ranks import rank_in_job\n"
+        "from lockstep.comm.mpi_library import rank_in_job\n"
         "if rank_in_job() == 1:\n"
         "    import a_module_that_this_node_lacks\n"
         "from lockstep.comm.program import run_program\n"

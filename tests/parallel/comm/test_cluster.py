@@ -14,14 +14,14 @@ def _fail_on(rank: int, cluster: Cluster) -> int:
 
 
 @pytest.mark.world_size(3)
-def test_every_rank_has_its_place(cluster: Cluster) -> None:
+def test_ranks_and_local_ranks(cluster: Cluster) -> None:
     assert cluster.size == 3
     assert cluster.all_gather_object(cluster.rank) == [0, 1, 2]
     assert (cluster.local_rank, cluster.local_size) == (cluster.rank, 3)
 
 
 @pytest.mark.world_size(3)
-def test_on_root_gives_every_rank_what_rank_0_found(cluster: Cluster) -> None:
+def test_on_root_gives_every_rank_rank_0s_result(cluster: Cluster) -> None:
     assert cluster.on_root(lambda: f"from {cluster.rank}") == "from 0"
 
 
@@ -46,17 +46,6 @@ def test_sum_adds_over_ranks_in_place(cluster: Cluster, dtype: torch.dtype) -> N
     tensor = torch.arange(5, dtype=dtype) * (cluster.rank + 1)
     assert cluster.sum_(tensor, name="test") is tensor
     assert tensor.tolist() == [0, 6, 12, 18, 24]
-
-
-@pytest.mark.world_size(3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
-def test_gather_parts_keeps_order_length_and_type(cluster: Cluster, dtype: torch.dtype) -> None:
-    parts = cluster.gather_parts(torch.full((cluster.rank,), cluster.rank, dtype=dtype))
-    if cluster.is_root:
-        assert [part.tolist() for part in parts] == [[], [1], [2, 2]]
-        assert {part.dtype for part in parts} == {dtype}
-    else:
-        assert parts == []
 
 
 @pytest.mark.world_size(2)

@@ -1,4 +1,4 @@
-"""What workers hand on to the next generation."""
+"""What workers pass on to the next generation."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SETTINGS = Settings(
 
 
 def _trainer(cluster: Cluster, folder: Path, num_updates: int) -> Trainer:
-    """Collective: one that has done so many updates."""
+    """Collective: a trainer that has done `num_updates` updates."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(cluster, SETTINGS, Classify(SETTINGS, cluster), RunFolder(folder))
     while trainer.progress.step < num_updates:
@@ -41,8 +41,8 @@ def _shared_folder(cluster: Cluster, tmp_path: Path) -> Path:
 
 
 @pytest.mark.world_size(3)
-def test_all_go_on_from_the_rank_that_has_done_most(cluster: Cluster, tmp_path: Path) -> None:
-    """Rank 0 is new, rank 1 has not done the update in which one was lost, and rank 2 has."""
+def test_all_go_on_from_the_rank_with_most_updates(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank 0 is new, rank 1 has not done the update in which a rank was lost, and rank 2 has."""
     folder = _shared_folder(cluster, tmp_path)
     behind, ahead = _trainer(cluster, folder / "behind", 6), _trainer(cluster, folder / "ahead", 7)
     relay = ElasticState()
@@ -69,14 +69,14 @@ def test_all_go_on_from_the_rank_that_has_done_most(cluster: Cluster, tmp_path: 
 
 
 @pytest.mark.world_size(2)
-def test_a_generation_that_is_all_new_has_nothing_to_go_on_from(cluster: Cluster) -> None:
+def test_a_generation_of_new_workers_starts_from_nothing(cluster: Cluster) -> None:
     relay = ElasticState()
     assert relay.run_of(cluster) is None
     assert relay.take_over(cluster) is None
 
 
 @pytest.mark.world_size(2)
-def test_what_a_broken_off_update_did_to_the_buffers_is_undone(cluster: Cluster) -> None:
+def test_changes_of_buffers_by_an_interrupted_update_are_undone(cluster: Cluster) -> None:
     norm = nn.BatchNorm1d(3).double()
     buffers = Buffers(norm, cluster)
     norm(torch.randn(4, 3).double())

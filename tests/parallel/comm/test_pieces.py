@@ -1,4 +1,4 @@
-"""What is larger than MPI and Horovod can count goes in pieces: here, what is larger than 7 bytes, or elements."""
+"""Tensors with more bytes or elements than one call can count are sent in pieces: here, those with more than 7."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lockstep.comm import ranks as mpi
+from lockstep.comm import backend
 from lockstep.comm.cluster import Cluster
+from lockstep.comm.messages import pieces_of
 from lockstep.parallel.merge import merge_on_root
 from lockstep.parallel.replicated import Replicated, sum_over_wire_
 from lockstep.parallel.step import train_step
@@ -27,8 +28,8 @@ MOST = 7
 
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many elements each of Horovod's collectives held, over all ranks, where it may hold MOST."""
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", MOST)
+    """How many elements each of Horovod's collectives held, over all ranks, with a limit of MOST."""
+    monkeypatch.setattr(backend, "MAX_PER_CALL", MOST)
     held: list[int] = []
 
     def watch(owner: Any, name: str, ranks: int) -> None:
@@ -48,27 +49,17 @@ def most(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     assert all(num_elements <= max(MOST, hvd.size()) for num_elements in held)
 
 
-@pytest.mark.world_size(3)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16, torch.bool])
-def test_parts_are_gathered(cluster: Cluster, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 0, 4 and 8 elements: in float64 that is 64 bytes, of which the last piece has one."""
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", MOST)
-    assert [len(piece) for piece in mpi._pieces_of(torch.zeros(2, dtype=torch.float64))] == [7, 7, 2]
-    parts = cluster.gather_parts((torch.arange(4 * cluster.rank) + cluster.rank).to(dtype))
-    expected = [(torch.arange(4 * rank) + rank).to(dtype) for rank in range(3)]
-    assert len(parts) == (3 if cluster.is_root else 0)
-    assert all(torch.equal(part, other) for part, other in zip(parts, expected, strict=False))
-
-
 @pytest.mark.world_size(2)
 def test_messages_arrive_whole_and_in_order(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", MOST)
+    monkeypatch.setattr(backend, "MAX_PER_CALL", MOST)
+    assert [len(piece) for piece in pieces_of(torch.zeros(2, dtype=torch.float64))] == [7, 7, 2]
+    messages = cluster.require_mpi("sending")
     tensors = [torch.arange(12.0).view(3, 4) * sign for sign in (1, -1)]
     if cluster.rank == 0:
-        messages = [cluster.begin_send(tensor, to=1, tag=9) for tensor in tensors]
+        pending = [messages.begin_send(tensor, to=1, tag=9) for tensor in tensors]
     else:
-        messages = [cluster.begin_receive(torch.empty(3, 4), source=0, tag=9) for _ in tensors]
-    for message, tensor in zip(messages, tensors, strict=True):
+        pending = [messages.begin_receive(torch.empty(3, 4), source=0, tag=9) for _ in tensors]
+    for message, tensor in zip(pending, tensors, strict=True):
         assert torch.equal(message.wait(), tensor)
         assert message.is_done
 
@@ -124,7 +115,7 @@ def test_every_strategy_learns_the_same_in_pieces(
         return merged_model(cluster, strategy)
 
     expected = train()
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", 50)
+    monkeypatch.setattr(backend, "MAX_PER_CALL", 50)
     assert_close(train(), expected)
 
 

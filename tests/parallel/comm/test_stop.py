@@ -1,4 +1,4 @@
-"""One stop that all ranks agree on."""
+"""All ranks stop after the same update."""
 
 import os
 import signal
@@ -94,9 +94,3 @@ def test_a_run_that_is_not_stopped_leaves_no_vote_behind(
     trainer.train(vote)
     assert vote.close() == 0
     assert cluster.all_gather_object(cluster.rank) == [0, 1]
-
-
-@pytest.mark.world_size(4)
-def test_the_largest_of_all_ranks(cluster: Cluster) -> None:
-    votes = [cluster.begin_max(10 * vote + (cluster.rank + vote) % 4) for vote in range(3)]
-    assert [vote() for vote in votes] == [3, 13, 23]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lockstep.comm import ranks as mpi
+from lockstep.comm import backend
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.replicated import Replicated, sum_over_wire_
@@ -166,9 +166,9 @@ def test_adasum_refuses_what_it_cannot_count(cluster: Cluster, monkeypatch: pyte
     model = _model()
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     settings = GradientSettings(reduction="adasum")
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", num_elements)
+    monkeypatch.setattr(backend, "MAX_PER_CALL", num_elements)
     Replicated(model, torch.optim.SGD(model.parameters()), cluster, settings)
-    monkeypatch.setattr(mpi, "MOST_AT_ONCE", num_elements - 1)
+    monkeypatch.setattr(backend, "MAX_PER_CALL", num_elements - 1)
     with pytest.raises(SettingsError, match=f"adasum for {num_elements:,} parameters") as caught:
         Replicated(model, torch.optim.SGD(model.parameters()), cluster, settings)
     assert caught.value.shared

@@ -1,4 +1,4 @@
-"""Which settings an elastic job refuses; how one knows its own folder again."""
+"""Which settings an elastic job refuses, and how it recognises its own run folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ SETTINGS = Settings(data=DataSettings(name="synthetic", num_samples=40, batch_si
         (replace(SETTINGS, checks=CheckSettings(ledger=True, non_finite="skip")), "checks.non_finite is skip"),
     ],
 )
-def test_what_means_something_else_when_workers_come_and_go_is_refused(settings: Settings, why: str) -> None:
+def test_settings_whose_meaning_depends_on_the_number_of_workers_are_refused(settings: Settings, why: str) -> None:
     with pytest.raises(SettingsError, match=why) as refused:
         check_elastic(settings)
     assert refused.value.shared
@@ -29,7 +29,7 @@ def test_what_means_something_else_when_workers_come_and_go_is_refused(settings:
     check_elastic(replace(SETTINGS, checks=CheckSettings(ledger=True)))
 
 
-def test_when_all_who_knew_are_lost_the_folder_tells_what_to_go_on_with(
+def test_a_job_that_has_lost_all_workers_of_its_run_resumes_from_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.comm.ranks import Ranks
+from lockstep.comm.cluster import Cluster
 from lockstep.comm.stop import StopRequests, StopVote, end_time
 
 
@@ -19,10 +19,6 @@ def requests() -> Iterator[StopRequests]:
         signal.signal(number, handler)
 
 
-def _alone() -> Ranks:
-    return Ranks(0, 1, None)  # type: ignore[arg-type]  # one rank asks nobody
-
-
 def test_when_a_job_ends() -> None:
     assert end_time(None, 100.0, {}) is None
     assert end_time(2.0, 100.0, {}) == 220.0
@@ -32,32 +28,32 @@ def test_when_a_job_ends() -> None:
 
 
 def test_a_signal_is_read_one_update_later(requests: StopRequests) -> None:
-    vote = StopVote(_alone(), requests, None)
+    vote = StopVote(Cluster.alone(), requests, None)
     assert vote.reason(0) is None
     os.kill(os.getpid(), signal.SIGUSR1)
     assert vote.reason(0) is None  # what was voted before the signal came
     assert vote.reason(0) == "SIGUSR1"
 
 
-def test_the_end_of_time_leaves_enough_to_save(requests: StopRequests) -> None:
-    vote = StopVote(_alone(), requests, time.time() + 100)
+def test_the_run_stops_early_enough_to_save(requests: StopRequests) -> None:
+    vote = StopVote(Cluster.alone(), requests, time.time() + 100)
     assert vote.reason(50) is None
     assert vote.reason(50) is None
     assert vote.reason(100.0) is None
     assert vote.reason(0) == "the end of the job's time"
 
 
-def test_slow_updates_are_left_time_for(requests: StopRequests) -> None:
-    """An update of 0.5 s, of which two may pass before all have stopped, does not fit into the second that is left."""
-    vote = StopVote(_alone(), requests, time.time() + 1.4)
+def test_slow_updates_stop_earlier(requests: StopRequests) -> None:
+    """An update of 0.5 s, of which two may pass before all have stopped, does not fit into the remaining second."""
+    vote = StopVote(Cluster.alone(), requests, time.time() + 1.4)
     assert vote.reason(0) is None
     time.sleep(0.5)
     assert vote.reason(0) is None
     assert vote.reason(0) == "the end of the job's time"
 
 
-def test_a_signal_beats_the_clock_and_term_beats_usr1(requests: StopRequests) -> None:
-    vote = StopVote(_alone(), requests, time.time() - 1)
+def test_a_signal_wins_over_the_end_of_time_and_term_over_usr1(requests: StopRequests) -> None:
+    vote = StopVote(Cluster.alone(), requests, time.time() - 1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     vote.reason(0)

@@ -1,4 +1,4 @@
-"""The verdict on a stall, and the thread that comes to it."""
+"""The verdict on a stall, and the thread that writes it."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ def _waiting(rank: int, collective: str = "gradient all-reduce") -> Heartbeat:
     )
 
 
-def test_the_rank_that_keeps_the_others_is_named_first() -> None:
+def test_the_rank_that_the_others_wait_for_is_named_first() -> None:
     assert verdict([_waiting(0), _waiting(1), _waiting(2), LOADING], NOW) == (
         "the job stalled. rank 3: data loading of update 1234 for 61 s; "
         "ranks 0-2 wait in gradient all-reduce of update 1234 for 60 s"
@@ -41,7 +41,7 @@ def test_a_stopped_process_is_named_with_its_node() -> None:
     assert text.endswith("ranks 1-2 wait in gradient all-reduce of update 1234 for 60 s")
 
 
-def test_a_node_of_which_nobody_noticed_gives_no_sign() -> None:
+def test_a_node_where_no_rank_noticed_the_stall_is_named() -> None:
     beats = [_waiting(0), _waiting(1), replace(_waiting(2), noticed=0.0), replace(LOADING, noticed=0.0)]
     text = verdict(beats, NOW)
     assert "rank 3: no sign of n2, which is stopped, gone or cut off; it was in data loading of update 1234" in text
@@ -52,11 +52,11 @@ def test_ranks_without_a_record_are_named() -> None:
     assert "ranks 1,3: no record at all" in verdict([_waiting(0), _waiting(2)], NOW)
 
 
-def test_if_all_wait_for_the_same_the_network_is_to_blame() -> None:
+def test_if_all_wait_in_the_same_collective_the_network_is_stuck() -> None:
     assert "nothing comes through" in verdict([_waiting(rank) for rank in range(4)], NOW)
 
 
-def test_if_all_wait_for_something_else_that_is_said() -> None:
+def test_different_collectives_are_named() -> None:
     beats = [_waiting(0), _waiting(1), _waiting(2, "vote"), _waiting(3, "vote")]
     text = verdict(beats, NOW)
     assert "ranks 0-1 wait in gradient all-reduce" in text
@@ -67,12 +67,12 @@ def test_if_all_wait_for_something_else_that_is_said() -> None:
 def test_the_state_of_a_process(tmp_path: Path) -> None:
     record = record_path(tmp_path, 0)
     recorder = FlightRecorder()
-    recorder.keep_in(record, 0, 1)
+    recorder.write_to(record, 0, 1)
     assert bad_state(os.getpid(), record) is None
     assert bad_state(os.getpid(), tmp_path / "another") == "gone"  # its number was given to another process
     holds = (
         f"from pathlib import Path; from lockstep.runtime.flight_recorder import *; r = FlightRecorder();"
-        f"r.keep_in(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
+        f"r.write_to(Path({str(record)!r}), 0, 1); print('there', flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(["python", "-c", holds], stdout=subprocess.PIPE) as process:
         try:
@@ -108,7 +108,7 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path: Path) -> None:
     assert "data loading of update 3" in (tmp_path / "verdict.txt").read_text()
 
 
-def test_one_that_hangs_in_a_library_without_letting_go_of_python_is_shown_by_another(tmp_path: Path) -> None:
+def test_a_process_that_hangs_with_the_interpreters_lock_is_shown_by_another(tmp_path: Path) -> None:
     """Its own watchdog cannot run."""
     stuck = "import ctypes; ctypes.PyDLL(None).sleep(20)"
     program = HANGS.format(folder=str(tmp_path), body=stuck).replace("folder, 0, 1", "folder, 1, 2")
@@ -126,15 +126,15 @@ def test_one_that_hangs_in_a_library_without_letting_go_of_python_is_shown_by_an
     assert 'File "<string>", line 9 in <module>' in (tmp_path / "rank00001.stacks").read_text()
 
 
-def test_a_process_that_gets_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_process_that_makes_progress_is_left_alone(tmp_path: Path) -> None:
     body = "for _ in range(12): time.sleep(0.2); recorder.beat()\nwatchdog.close(); time.sleep(1.5)"
     finished = launch(["python", "-c", HANGS.format(folder=str(tmp_path), body=body)], timeout_seconds=30)
     assert finished.returncode == 0, finished.output
     assert not (tmp_path / "verdict.txt").exists()
 
 
-def test_a_process_that_was_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
-    """Ctrl-Z, then fg: the watchdog counts what it saw itself, not the clock."""
+def test_a_process_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    """Ctrl-Z, then fg: the watchdog adds up the time between its polls."""
     body = "print('there', flush=True)\nfor _ in range(25): time.sleep(0.1); recorder.beat()"
     command = ["python", "-c", HANGS.format(folder=str(tmp_path), body=body)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -151,7 +151,7 @@ def test_a_person_can_read_the_records(tmp_path: Path) -> None:
     (tmp_path / "recorder").mkdir()
     recorder = FlightRecorder()
     recorder.enter("evaluation", update=63)
-    recorder.keep_in(record_path(tmp_path / "recorder", 1), 1, 2)
+    recorder.write_to(record_path(tmp_path / "recorder", 1), 1, 2)
     (tmp_path / "recorder" / "verdict.txt").write_text("the job stalled. rank 1: evaluation\n")
     command = ["lockstep", "postmortem"]
     shown = launch([*command, str(tmp_path)])

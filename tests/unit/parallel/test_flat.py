@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import pytest
 import torch
@@ -44,6 +43,10 @@ def test_two_slots_take_turns_and_grow_under_their_views() -> None:
 class _GivesOneRow(Cluster):
     """As NCCL does: this rank's part of the sum, already added up."""
 
+    @property
+    def size(self) -> int:
+        return 2
+
     def begin_reduce_scatter(self, tensor: Tensor, scratch: Tensor, name: str) -> Callable[[], Tensor]:
         assert tensor.shape == scratch.shape
         return lambda: torch.full((1, len(tensor) // self.size), 5.0) if name else tensor
@@ -51,11 +54,7 @@ class _GivesOneRow(Cluster):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_a_reduction_gives_as_one_row_becomes_the_gradient(stage: int) -> None:
-    alone = Cluster.alone()
-    fields: dict[str, Any] = {
-        name: getattr(alone, name) for name in ("rank", "_mpi", "local_rank", "local_size", "device")
-    }
-    cluster = cast(Cluster, _GivesOneRow(size=2, **fields))
+    cluster = _GivesOneRow(**vars(Cluster.alone()))
     parameter = nn.Parameter(torch.ones(4))
     flat = FlatParameters("test", {"w": parameter}, cluster, stage, BufferPool(), turn=0)
     flat.zero_gradients()

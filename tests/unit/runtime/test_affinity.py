@@ -1,4 +1,4 @@
-"""Who computes where: pure functions of what Linux and the drivers say."""
+"""The cores and GPUs of ranks, as pure functions of what Linux and the drivers report."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ TOPOLOGY = {cpu: (cpu % 8 // 4, cpu % 8 // 4, cpu % 8) for cpu in range(16)}
 ALL = frozenset(range(16))
 
 
-def test_ranks_that_nobody_bound_divide_whole_cores_among_neighbours() -> None:
+def test_unbound_ranks_divide_whole_cores_among_neighbours() -> None:
     assert share_cores([ALL] * 2, TOPOLOGY) == [{0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15}]
     assert share_cores([ALL] * 8, TOPOLOGY)[3] == {3, 11}
     assert share_cores([ALL], TOPOLOGY) == [ALL]
@@ -67,11 +67,11 @@ def test_this_machine_has_a_topology() -> None:
 
 
 @pytest.mark.parametrize(("cpus", "text"), [([], ""), ([3], "3"), ([8, 0, 1, 2], "0-2,8"), ([0, 2, 4], "0,2,4")])
-def test_cpus_are_told_as_ranges(cpus: list[int], text: str) -> None:
+def test_cpus_are_formatted_as_ranges(cpus: list[int], text: str) -> None:
     assert format_cpus(cpus) == text
 
 
-def test_only_threads_started_inside_give_way() -> None:
+def test_only_threads_started_inside_get_the_lowest_priority() -> None:
     end = threading.Event()
     outside = threading.Thread(target=end.wait)
     outside.start()
@@ -90,7 +90,7 @@ def test_only_threads_started_inside_give_way() -> None:
 
 
 def test_freed_memory_is_used_again_without_page_faults() -> None:
-    """In a child, since it cannot be undone: 8 MiB blocks, which glibc would map anew each time."""
+    """In a child process, since it cannot be undone: with 8 MiB blocks, which glibc would map anew each time."""
     code = """
 import resource, torch
 from lockstep.runtime.memory import keep_freed_memory

@@ -1,4 +1,4 @@
-"""The black box: what a rank leaves behind, and who the slowest was."""
+"""The flight recorder: what a rank leaves behind, and which rank is the slowest."""
 
 import os
 import platform
@@ -11,10 +11,10 @@ from lockstep.runtime.flight_recorder import WAITING, FlightRecorder, read_heart
 from tests.launching import launch
 
 
-def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
+def test_the_file_has_the_phase_and_the_collective(tmp_path: Path) -> None:
     recorder = FlightRecorder()
     recorder.enter("data loading", update=7)
-    recorder.keep_in(record_path(tmp_path, 3), rank=3, size=4)
+    recorder.write_to(record_path(tmp_path, 3), rank=3, size=4)
     recorder.enter("forward and backward pass")
     (beat,) = read_heartbeats(tmp_path)
     assert (beat.rank, beat.size, beat.pid, beat.host) == (3, 4, os.getpid(), platform.node())
@@ -28,7 +28,7 @@ def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
     assert (after.collective, after.is_waiting) == ("gradient all-reduce", False)
     assert (after.phase, after.num_collectives) == ("forward and backward pass", beat.num_collectives + 1)
     assert beat.num_events < inside.num_events < after.num_events
-    recorder.notice("2:stopped")
+    recorder.record_stall("2:stopped")
     (noticed,) = read_heartbeats(tmp_path)
     assert noticed.seen == "2:stopped"
     assert noticed.noticed >= after.since
@@ -36,18 +36,18 @@ def test_the_file_says_where_the_rank_is(tmp_path: Path) -> None:
 
 def test_a_wait_that_fails_is_over(tmp_path: Path) -> None:
     recorder = FlightRecorder()
-    recorder.keep_in(record_path(tmp_path, 0), 0, 1)
+    recorder.write_to(record_path(tmp_path, 0), 0, 1)
     with pytest.raises(RuntimeError), recorder.waiting("barrier"):
         raise RuntimeError
     assert not read_heartbeats(tmp_path)[0].is_waiting
 
 
 def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
-    """The page is the kernel's, not the process's: nothing has to be flushed."""
+    """The page belongs to the kernel, not to the process: nothing has to be flushed."""
     program = (
         "import os, signal; from pathlib import Path; from lockstep.runtime.flight_recorder import *;"
         "r = FlightRecorder();"
-        f"r.keep_in(Path({str(tmp_path)!r}) / 'rank00005.bin', 5, 6); r.enter('optimizer step', 42);"
+        f"r.write_to(Path({str(tmp_path)!r}) / 'rank00005.bin', 5, 6); r.enter('optimizer step', 42);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert launch(["python", "-c", program]).returncode == -9
@@ -55,9 +55,9 @@ def test_a_killed_process_leaves_its_record(tmp_path: Path) -> None:
     assert (beat.rank, beat.phase, beat.update) == (5, "optimizer step", 42)
 
 
-def test_long_names_are_cut_and_other_files_passed_over(tmp_path: Path) -> None:
+def test_long_names_are_cut_and_other_files_skipped(tmp_path: Path) -> None:
     recorder = FlightRecorder()
-    recorder.keep_in(record_path(tmp_path, 0), 0, 2)
+    recorder.write_to(record_path(tmp_path, 0), 0, 2)
     recorder.enter("é" * 100)
     (tmp_path / "rank00001.bin").write_bytes(b"torn")
     (tmp_path / "rank00002.bin").write_bytes(bytes(4096))
@@ -89,10 +89,10 @@ def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
     assert stragglers([{"update": 3.0}]) == (0, 0.0)
 
 
-def test_waiting_apart_from_the_others_says_nothing_of_them() -> None:
+def test_charge_all_to_counts_waits_for_the_phase() -> None:
     recorder = FlightRecorder()
     recorder.enter("training")
-    with recorder.apart("profiling"), recorder.waiting("barrier"):
+    with recorder.charge_all_to("profiling"), recorder.waiting("barrier"):
         time.sleep(0.05)
     recorder.enter("training")
     seconds = recorder.take_seconds()

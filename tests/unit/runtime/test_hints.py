@@ -1,4 +1,4 @@
-"""Commands that programs suggest: as the user would type them, from where they are."""
+"""Commands that programs suggest, as the user would type them in the same folder."""
 
 import ast
 import os
@@ -44,7 +44,7 @@ def test_a_blank_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("how", ["env/run", "from beside", "activated"])
-def test_what_a_program_says_is_what_the_user_can_type(how: str, tmp_path: Path) -> None:
+def test_the_user_can_type_what_a_program_suggests(how: str, tmp_path: Path) -> None:
     """An unknown setting is refused with the command that shows them all; that command is then run in a fresh shell."""
     root, folder = ROOT, ROOT
     if how == "from beside":

@@ -1,4 +1,4 @@
-"""Who started a process, by variables that were seen under real launchers; and what is refused."""
+"""Detecting the launcher by variables recorded under real launchers, and refusing mixed MPIs."""
 
 from pathlib import Path
 
@@ -7,7 +7,14 @@ import pytest
 from lockstep.runtime import launcher as launchers
 from lockstep.runtime.errors import ExitCode, SettingsError
 from lockstep.runtime.installation import read_installation
-from lockstep.runtime.launcher import Launcher, check_launcher, detect_launcher, is_speaker, ranks_are_lost, remark_on
+from lockstep.runtime.launcher import (
+    Launcher,
+    check_launcher,
+    detect_launcher,
+    missing_launcher_warning,
+    mpi_misses_processes,
+    reports_errors,
+)
 
 OPEN_MPI = "Open MPI v5.0.11"
 MPIRUN = {
@@ -69,7 +76,7 @@ TORCHRUN = {
         "nonsense": (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "many"}, Launcher("none")),
     }.values(),
 )
-def test_a_launcher_is_known_by_its_variables(environment: dict[str, str], expected: Launcher) -> None:
+def test_a_launcher_is_detected_by_its_variables(environment: dict[str, str], expected: Launcher) -> None:
     assert detect_launcher(environment) == expected
 
 
@@ -94,7 +101,7 @@ def test_lone_ranks_are_refused_with_cause_and_fix(environment: dict[str, str], 
         assert part in str(caught.value)
 
 
-def test_another_mpi_is_told_the_pmi_that_it_understands() -> None:
+def test_the_fix_names_the_pmi_that_the_mpi_supports() -> None:
     with pytest.raises(SettingsError, match="srun --mpi=pmi2"):
         check_launcher(detect_launcher(STEP), 1, "MPICH Version: 4.0.2", "mpirun")
 
@@ -112,25 +119,30 @@ def test_another_mpi_is_told_the_pmi_that_it_understands() -> None:
         (GLOO, 1),  # MPI has no part in it
     ],
 )
-def test_what_adds_up_is_not_refused(environment: dict[str, str], mpi_size: int) -> None:
+def test_matching_ranks_are_not_refused(environment: dict[str, str], mpi_size: int) -> None:
     launcher = detect_launcher(environment)
     check_launcher(launcher, mpi_size, OPEN_MPI, "mpirun")
-    assert not ranks_are_lost(launcher, mpi_size)
+    assert not mpi_misses_processes(launcher, mpi_size)
 
 
-def test_one_alone_speaks() -> None:
+def test_one_process_alone_reports_errors() -> None:
     lost = [detect_launcher(STEP | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
-    assert [is_speaker(launcher, 0, 1) for launcher in lost] == [True, False, False, False]
+    assert [reports_errors(launcher, 0, 1) for launcher in lost] == [True, False, False, False]
     met_in_another_order = zip(lost, (1, 0, 3, 2), strict=True)
-    assert [is_speaker(launcher, rank, 4) for launcher, rank in met_in_another_order] == [False, True, False, False]
-    assert is_speaker(Launcher("none"), 0, 1)
+    assert [reports_errors(launcher, rank, 4) for launcher, rank in met_in_another_order] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert reports_errors(Launcher("none"), 0, 1)
 
 
-def test_a_script_that_forgot_its_srun_is_told() -> None:
-    assert "4 tasks" in (remark_on(detect_launcher(BATCH_SCRIPT), 1) or "")
-    assert remark_on(detect_launcher({}), 1) is None
-    assert remark_on(detect_launcher(STEP), 4) is None
-    assert remark_on(detect_launcher(BATCH_SCRIPT | {"SLURM_NTASKS": "1"}), 1) is None
+def test_a_script_without_srun_gets_a_warning() -> None:
+    assert "4 tasks" in (missing_launcher_warning(detect_launcher(BATCH_SCRIPT), 1) or "")
+    assert missing_launcher_warning(detect_launcher({}), 1) is None
+    assert missing_launcher_warning(detect_launcher(STEP), 4) is None
+    assert missing_launcher_warning(detect_launcher(BATCH_SCRIPT | {"SLURM_NTASKS": "1"}), 1) is None
 
 
 def test_an_installation_says_which_mpi_it_is_for(tmp_path: Path) -> None:
