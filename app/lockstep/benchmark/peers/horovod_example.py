@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _from_launcher(name: str) -> int:
-    """Known before `hvd.init()`, whose threads must be pinned, too."""
+    """Read a rank or size from the launcher's variables: cores must be pinned before `hvd.init()` starts threads."""
     return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ[f"HOROVOD_{name}"])
 
 

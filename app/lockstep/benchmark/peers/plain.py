@@ -1,9 +1,9 @@
-"""A peer: PyTorch in one process, with nobody to talk to.
+"""A peer: PyTorch in one process, without communication.
 
 python -m lockstep.benchmark.peers.plain [--pin]
 
-Several copies at once are several processes that never talk: the limit for those that do. Each copy is told its
-LOCAL_RANK and LOCAL_WORLD_SIZE, and so which cores to be pinned to.
+Several copies at once show the limit for ranks that communicate. Each copy gets its LOCAL_RANK and LOCAL_WORLD_SIZE, by
+which it chooses its cores.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the peers that shard have in common: a vision transformer of 49.7 million parameters on the digits, Adam."""
+"""What the sharding peers have in common: a vision transformer of 49.7 million parameters on the digits, with Adam."""
 
 import os
 from collections import OrderedDict
@@ -14,13 +14,13 @@ from lockstep.benchmark.peers.common import Digits, measure, parse_args, set_thr
 from lockstep.models.vit import vit_blocks
 
 BATCH_SIZE_PER_RANK = 8
-LEARNING_RATE = 1e-6  # what is timed must not end in NaN
+LEARNING_RATE = 1e-6  # timed updates must not diverge to NaN
 
 
 def train(
     description: str | None, build: Callable[[nn.Module, float], tuple[nn.Module, torch.optim.Optimizer]]
 ) -> None:
-    """Collective: `build` makes of a model, and a learning rate, what is trained and its optimizer."""
+    """Collective: train and measure the model and the optimizer that `build` makes of a model and a learning rate."""
     arguments = parse_args(description)
     set_threads(arguments.pin, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group("gloo")
