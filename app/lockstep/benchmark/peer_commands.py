@@ -28,9 +28,9 @@ VIT = (  # 49.7 million parameters, as in peers/sharding.py
 )
 HOW = ("", ", pinned")
 ZERO = {
-    "PyTorch ZeroRedundancyOptimizer": ("zero1", "zero_redundancy"),
-    "PyTorch FSDP2, parameters kept": ("zero2", "fsdp2 --keep"),
-    "PyTorch FSDP2": ("zero3", "fsdp2"),
+    "PyTorch ZeroRedundancyOptimizer": ("zero1", "sharding zero_redundancy"),
+    "PyTorch FSDP2, parameters kept": ("zero2", "sharding fsdp2 --keep"),
+    "PyTorch FSDP2": ("zero3", "sharding fsdp2"),
 }
 LOCKSTEP_COMMANDS = {
     LOCKSTEP: f"{{launcher}} {THROUGHPUT}",

@@ -19,7 +19,7 @@ def as_text(facts: Facts, findings: Sequence[Finding], line: str, seconds: float
     width = max(len(finding.check) for finding in findings)
     lines = [
         f"Lockstep {__version__}: {count(len(facts.local_facts), 'rank')} on {count(len(facts.nodes), 'node')}, "
-        f"started by {facts.launcher}; looked at in {seconds:.1f} s"
+        f"started by {facts.launcher}; checked in {seconds:.1f} s"
     ]
     for finding in findings:
         lines.append(f"  {finding.status:<8} {finding.check:<{width}}  {finding.what}")

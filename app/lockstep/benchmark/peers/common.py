@@ -52,13 +52,13 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.labels[index])
 
 
-def parse_args(description: str | None) -> argparse.Namespace:
-    """Parse the options of all peers: number of updates, of warm-up updates, and whether to pin ranks to cores."""
+def peer_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of all peers: updates, warm-up updates, and whether to pin ranks to cores."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=100, help="timed updates (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=20, help="updates before those, not timed (default: %(default)s)")
     parser.add_argument("--pin", action="store_true", help="keep each rank on its own share of the cores")
-    return parser.parse_args()
+    return parser
 
 
 def set_threads(pin: bool, local_rank: int, local_size: int) -> None:

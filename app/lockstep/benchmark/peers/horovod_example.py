@@ -18,14 +18,14 @@ from lockstep.benchmark.peers.common import (
     WEIGHT_DECAY,
     Digits,
     measure,
-    parse_args,
+    peer_parser,
     set_threads,
 )
 from lockstep.models.net import Net
 
 
 def main() -> None:
-    arguments = parse_args(__doc__)
+    arguments = peer_parser(__doc__).parse_args()
     set_threads(arguments.pin, _from_launcher("LOCAL_RANK"), _from_launcher("LOCAL_SIZE"))
     hvd.init()
     torch.manual_seed(0)

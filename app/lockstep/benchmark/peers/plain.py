@@ -20,14 +20,14 @@ from lockstep.benchmark.peers.common import (
     WEIGHT_DECAY,
     Digits,
     measure,
-    parse_args,
+    peer_parser,
     set_threads,
 )
 from lockstep.models.net import Net
 
 
 def main() -> None:
-    arguments = parse_args(__doc__)
+    arguments = peer_parser(__doc__).parse_args()
     set_threads(arguments.pin, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.manual_seed(0)
     loader = DataLoader(Digits(), BATCH_SIZE_PER_RANK, shuffle=True, drop_last=True)
