@@ -39,14 +39,14 @@ def _verify_checkpoints(run: Path) -> tuple[Checkpoint | None, int]:
     for path in list_checkpoints(run):
         try:
             last = verify_checkpoint(path)
-            print(f"checkpoint {path.name}: whole, after update {last.step}")
+            print(f"checkpoint {path.name}: complete, after update {last.step}")
         except LockstepError as error:
             num_wrong += 1
             print(f"checkpoint {path.name}: {error}")
     if not list_checkpoints(run):
         if _has_made_checkpoints(run):
             num_wrong += 1
-            print("checkpoints: GONE: the run has made one at its end at the latest, and there is none")
+            print("checkpoints: MISSING: the finished run must have one")
         else:
             print("checkpoints: none")
     return last, num_wrong
@@ -65,14 +65,14 @@ def _verify_ledger(run: Path, checkpoint: Checkpoint | None) -> int:
         print("ledger: none (--checks.ledger true keeps one)")
         return 0
     if not has_ledger:
-        print("ledger: GONE: the run has kept one, and there is no file of it")
+        print("ledger: MISSING: the run has recorded one, and its files are gone")
         return 1
     finished = (run / SUMMARY).exists()
     progress = _progress(run, checkpoint)
     accounts = read_ledger(run)
     gaps = find_gaps(run, progress.step, progress.num_samples)
     for gap in gaps:
-        print(f"ledger: NOT whole: {gap}")
+        print(f"ledger: INCOMPLETE: {gap}")
     num_wrong = len(gaps)
     for account in accounts:
         used = f"ledger, epoch {account.epoch}: {account.num_used} of {account.num_samples} samples"

@@ -9,10 +9,8 @@ from lockstep.doctor.folder import SECONDS_TO_SEE
 
 SLOW_CORES, VERY_SLOW_CORES = 0.85, 0.6  # of the other nodes' speed
 BUSY, VERY_BUSY = 0.6, 0.3  # of the other nodes' share of their cores
-CLOCK_AHEAD, CLOCK_FAR_AHEAD = (
-    0.2,
-    2.0,
-)  # seconds; ranks' logs are compared by time, and files may seem to come from the future
+# In seconds: logs of ranks are compared by time, and files may seem to come from the future.
+CLOCK_AHEAD, CLOCK_FAR_AHEAD = 0.2, 2.0
 SLOW_RATE = 0.4e9  # bit/s: less than half of Gigabit Ethernet
 SLOW_LATENCY = 1e-3
 SLOWER_THAN_OTHERS = 0.5
@@ -54,16 +52,16 @@ def check_speeds(facts: Facts) -> list[Finding]:
             break
         slower = flops[index] / median_of_others(flops, index)
         if slower < SLOW_CORES:
-            judge = fault if slower < VERY_SLOW_CORES else warning
+            make_finding = fault if slower < VERY_SLOW_CORES else warning
             what = f"{name} is slow: its cores do {slower:.0%} of what those of the other nodes do"
             fix = f"leave it out (--exclude={name}); look at its clock rate, temperature and power limit"
-            found.append(judge("speed", what, fix))
+            found.append(make_finding("speed", what, fix))
         busier = shares[index] / median_of_others(shares, index)
         if busier < BUSY:
-            judge = fault if busier < VERY_BUSY else warning
+            make_finding = fault if busier < VERY_BUSY else warning
             what = f"{name} is slow: its ranks get {busier:.0%} of the time on a core that others get"
             fix = f"see what else computes on {name} (top), or leave it out (--exclude={name})"
-            found.append(judge("speed", what, fix))
+            found.append(make_finding("speed", what, fix))
     if not found:
         found += _judge_load(facts, list(nodes), shares)
     typical = statistics.median(flops) / 1e9
@@ -77,10 +75,12 @@ def check_clocks(facts: Facts) -> list[Finding]:
     for name, clock in clocks.items():
         ahead = max(0.0, abs(clock.ahead) - clock.error)
         if ahead > CLOCK_AHEAD:
-            judge = fault if ahead > CLOCK_FAR_AHEAD else warning
+            make_finding = fault if ahead > CLOCK_FAR_AHEAD else warning
             first = next(iter(facts.nodes))
             what = f"{name} is {duration(abs(clock.ahead))} {'ahead of' if clock.ahead > 0 else 'behind'} {first}"
-            found.append(judge("clocks", what, f"synchronise the nodes' clocks: systemctl restart chronyd on {name}"))
+            found.append(
+                make_finding("clocks", what, f"synchronise the nodes' clocks: systemctl restart chronyd on {name}")
+            )
     if clocks and not found:
         worst = max(abs(clock.ahead) for clock in clocks.values())
         return [ok("clocks", f"of {count(len(clocks) + 1, 'node')}, at most {duration(worst)} apart")]
@@ -150,9 +150,8 @@ def _slower_than_others(facts: Facts, links: Sequence[Link]) -> list[Finding]:
     if len(links) < 3:
         return []
     rates = sorted(link.rate for link in links)
-    typical = rates[
-        3 * len(rates) // 4
-    ]  # of the upper half: with 3 or 4 nodes, one slow node is at the end of half of the links or more
+    # The upper quartile: with 3 or 4 nodes, half of the links or more may lead to one slow node.
+    typical = rates[3 * len(rates) // 4]
     slow = [link for link in links if link.rate < SLOWER_THAN_OTHERS * typical]
     fix = "leave it out (--exclude), and look at its network card, cable and switch port (ethtool, ibstat)"
     best = {name: max((link.rate for link in _links_of(name, links)), default=0.0) for name in facts.nodes}

@@ -4,8 +4,8 @@ from lockstep.doctor.facts import Facts, Folder, Gpu, LocalFacts, Unknown
 from lockstep.doctor.findings import GIB, MIB, Finding, count, duration, fault, ok, size, warning
 from lockstep.runtime.affinity import Cpus, choose_gpus, format_cpus, share_cores
 
-MEMORY_A_RANK = 1 * GIB  # importing torch and Horovod takes 350 MiB, training the reference network 700 MiB
-SHM_A_RANK = 64 * MIB  # used by MPI and NCCL between the ranks of a node, and by data loader workers
+MEMORY_PER_RANK = 1 * GIB  # importing torch and Horovod takes 350 MiB, training the reference network 700 MiB
+SHM_PER_RANK = 64 * MIB  # used by MPI and NCCL between the ranks of a node, and by data loader workers
 MEMLOCK = 64 * MIB  # below it, InfiniBand cannot register its buffers
 OPEN_FILES, FEW_OPEN_FILES = 256, 1024
 PROCESSES = 1024
@@ -108,11 +108,11 @@ def check_memory(facts: Facts) -> list[Finding]:
     for node, ranks in facts.nodes.items():
         left = min(facts.local_facts[rank].memory for rank in ranks)
         left_of_nodes[node] = left
-        if left < MEMORY_A_RANK * len(ranks):
+        if left < MEMORY_PER_RANK * len(ranks):
             what = f"{node}: {size(left)} are left for {count(len(ranks), 'rank')}"
             fix = "ask for more memory (--mem), start fewer ranks there, or end other programs"
-            judge = fault if left < MEMORY_A_RANK * len(ranks) / 2 else warning
-            return [judge("memory", what, fix)]
+            make_finding = fault if left < MEMORY_PER_RANK * len(ranks) / 2 else warning
+            return [make_finding("memory", what, fix)]
     return [ok("memory", f"{size(min(left_of_nodes.values()))} or more are left on each node")]
 
 
@@ -123,7 +123,7 @@ def check_shared_memory(facts: Facts) -> list[Finding]:
             return [fault("/dev/shm", f"{node}: {node_facts.shm.why}", "mount a tmpfs there")]
         total, free = node_facts.shm
         ranks = len(facts.nodes[node])
-        need = SHM_A_RANK * ranks
+        need = SHM_PER_RANK * ranks
         if free < need:
             what = f"{node}: {size(free)} of {size(total)} are free, and {count(ranks, 'rank')} must have {size(need)}"
             larger = f"docker run --shm-size={max(1, 2 * need // GIB)}g, or mount -o remount,size=50% /dev/shm"
@@ -140,8 +140,10 @@ def check_limits(facts: Facts) -> list[Finding]:
     for local in _one_of_each_node(facts):
         files, locked, processes = (local.limits[name] if local.limits[name] >= 0 else 1 << 62 for name in "nlu")
         if files < FEW_OPEN_FILES:
-            judge = fault if files < OPEN_FILES else warning
-            found.append(judge("limits", f"{local.node}: {files} open files at most (ulimit -n)", "ulimit -n 4096"))
+            make_finding = fault if files < OPEN_FILES else warning
+            found.append(
+                make_finding("limits", f"{local.node}: {files} open files at most (ulimit -n)", "ulimit -n 4096")
+            )
         if local.node_facts and local.node_facts.infiniband and locked < MEMLOCK:
             what = f"{local.node}: {size(locked)} of locked memory at most (ulimit -l), too little for InfiniBand"
             found.append(
@@ -214,8 +216,10 @@ def _judge_folder(node: str, folder: Folder) -> list[Finding]:
     if folder.wrong:
         return [fault("folder", f"{name}: {folder.wrong}", elsewhere)]
     if folder.free < LITTLE_FREE:
-        judge = fault if folder.free < FREE else warning
-        found.append(judge("folder", f"{name}: only {size(folder.free)} free", f"remove old runs, or {elsewhere}"))
+        make_finding = fault if folder.free < FREE else warning
+        found.append(
+            make_finding("folder", f"{name}: only {size(folder.free)} free", f"remove old runs, or {elsewhere}")
+        )
     if folder.free_files is not None and folder.free_files < FREE_FILES:
         what = f"{name}: only {folder.free_files} more files may be made"
         found.append(fault("folder", what, f"remove old runs, or {elsewhere}"))

@@ -63,7 +63,7 @@ def run_rank_probe(connection: Connection, gather_until: float, measure_until: f
     connection.send({"mpi": mpi})
     prepare_to_compute()
     local: LocalFacts = connection.recv()
-    connection.send({"activity": "waiting for all ranks to say that they are there"})
+    connection.send({"activity": "waiting for all ranks to answer"})
     facts_comm = DeadlineComm(range(size), FACTS_TAG, gather_until)
     all_comm = DeadlineComm(range(size), ALL_TAG, measure_until)
     try:

@@ -18,12 +18,7 @@ from lockstep.training.summary import GROUPS, OTHER
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIRST = (
-    "return",
-    "accuracy",
-    "top5_accuracy",
-    "loss",
-)  # the first curves; the others follow in the order of their recording
+FIRST = ("return", "accuracy", "top5_accuracy", "loss")  # before all other curves
 NO_CURVES = {"kind", "step", "epoch", "samples", "episodes"}
 MAX_RANKS = 40
 COLUMNS = 3

@@ -89,9 +89,7 @@ def read_record(folder: Path) -> Record:
             folder,
             row,
             json.loads(_text(folder / "environment.json") or "{}"),
-            [
-                json.loads(line) for line in lines if line.endswith("}")
-            ],  # the last one may be incomplete while the run writes it
+            [json.loads(line) for line in lines if line.endswith("}")],  # the last may be incomplete in a running run
             json.loads(_text(folder / "evaluation.json") or "{}"),
             json.loads(_text(folder / PROFILE / TABLE) or "{}"),
             _text(folder / FOLDER / VERDICT).strip(),
