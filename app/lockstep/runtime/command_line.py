@@ -1,8 +1,10 @@
 """What the command lines of all programs have in common: how arguments are parsed and tables are printed."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def command_parser(command: str, description: str | None, allow_abbrev: bool = True) -> ArgumentParser:
@@ -15,10 +17,12 @@ def command_parser(command: str, description: str | None, allow_abbrev: bool = T
     )
 
 
-def plain_console(width: int | None = None) -> Console:
+def plain_console(width: int | None = None) -> "Console":
     """A console without colours: a launcher's pipe may look like a terminal even if it ends in a file.
 
     Args:
         width: in columns; None: that of the terminal, or 80.
     """
+    from rich.console import Console  # takes a moment to import, and the doctor prints no tables
+
     return Console(color_system=None, width=width)
