@@ -1,4 +1,4 @@
-"""`lockstep benchmark` by its old name, for one more release."""
+"""`lockstep benchmark` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

@@ -1,4 +1,4 @@
-"""`lockstep doctor` by its old name, for one more release."""
+"""`lockstep doctor` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

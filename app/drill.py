@@ -1,4 +1,4 @@
-"""`lockstep drill` by its old name, for one more release."""
+"""`lockstep drill` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

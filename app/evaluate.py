@@ -1,4 +1,4 @@
-"""`lockstep evaluate` by its old name, for one more release."""
+"""`lockstep evaluate` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

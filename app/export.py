@@ -1,4 +1,4 @@
-"""`lockstep export` by its old name, for one more release."""
+"""`lockstep export` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

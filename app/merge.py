@@ -1,4 +1,4 @@
-"""`lockstep merge` by its old name, for one more release."""
+"""`lockstep merge` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

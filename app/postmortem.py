@@ -1,4 +1,4 @@
-"""`lockstep postmortem` by its old name, for one more release."""
+"""`lockstep postmortem` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

@@ -1,4 +1,4 @@
-"""`lockstep report` by its old name, for one more release."""
+"""`lockstep report` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

@@ -1,4 +1,4 @@
-"""`lockstep report --table` by its old name, for one more release."""
+"""`lockstep report --table` under its old name, for one more release."""
 
 import sys
 

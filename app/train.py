@@ -2,14 +2,14 @@
 
     env/run python app/train.py                                   one rank
     env/run horovodrun -np 4 python app/train.py                  four ranks on this machine
-    env/run mpirun -np 4 python app/train.py --config reference   the reference run to the letter
-    env/run mpirun -np 4 python app/train.py --resume             goes on with runs/latest, as if it had never stopped
+    env/run mpirun -np 4 python app/train.py --config reference   the reference run (docs/reference.md)
+    env/run mpirun -np 4 python app/train.py --resume             resume runs/latest, as if it had never stopped
     env/run python app/train.py --help                            every setting
 
     env/run horovodrun -np 3 --min-np 2 --max-np 3 --host-discovery-script ./hosts.sh python app/train.py
-        goes on without workers that are lost, with those that it finds
+        elastic: continues without lost workers, and takes in new ones
 
-`source env/activate` once saves writing env/run. `lockstep train` is the same program.
+After `source env/activate`, env/run can be left out. `lockstep train` is the same program.
 """
 
 from lockstep.__main__ import main

@@ -1,4 +1,4 @@
-"""`lockstep verify` by its old name, for one more release."""
+"""`lockstep verify` under its old name, for one more release."""
 
 from lockstep.__main__ import old_program
 

@@ -1,4 +1,4 @@
-"""`lockstep verify --resume` by its old name, for one more release."""
+"""`lockstep verify --resume` under its old name, for one more release."""
 
 import sys
 

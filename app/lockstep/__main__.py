@@ -9,12 +9,12 @@ COMMANDS = {
     "evaluate": "score the merged model of a run, alone or over ranks",
     "merge": "merge a checkpoint into one file, offline",
     "export": "write the merged model as torch.export and ONNX",
-    "verify": "check checkpoints and ledger; --resume: certify that a killed run is one that never stopped",
-    "report": "put runs on one page; --table: many runs in a table",
-    "postmortem": "tell what each rank of a run was doing when it was last heard of",
-    "doctor": "look at this machine, or at every node of a job, for what would spoil a training",
-    "drill": "inject real faults into real jobs, and tell what came of each",
-    "benchmark": "measure speed beside the limit and beside peers",
+    "verify": "check checkpoints and ledger; --resume: certify that a resumed run equals one without a stop",
+    "report": "write one page about runs; --table: print a table of runs",
+    "postmortem": "show what each rank of a run was doing at its last heartbeat",
+    "doctor": "check this machine, or every node of a job, for what would break or slow down a training",
+    "drill": "inject real faults into real jobs, and report the result of each",
+    "benchmark": "measure speed, compared with its limits and with other frameworks",
 }
 USAGE = "usage: lockstep COMMAND ...\n\n" + "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
 PROGRAMS = str(Path(__file__).parents[1])
@@ -22,13 +22,13 @@ EXIT_USAGE = 2  # as ExitCode.SETTINGS; `lockstep --help` needs this file alone
 
 
 def main(command: str | None = None) -> None:
-    """Run `command`, or the one that the command line names first; the rest of the command line is for it."""
+    """Run `command`, or the one named by the first argument, with the remaining arguments."""
     put_programs_last()
     arguments = sys.argv[1:]
     if command is None:
         command, arguments = (arguments[0], arguments[1:]) if arguments else ("--help", [])
         if command in ("-h", "--help"):
-            print(USAGE + "\n\nEach tells more with --help.")
+            print(USAGE + "\n\nEach has its own --help.")
             return
         if command not in COMMANDS:
             print(f"lockstep: there is no command {command!r}\n{USAGE}", file=sys.stderr)
@@ -38,20 +38,20 @@ def main(command: str | None = None) -> None:
 
 
 def old_program(command: str) -> None:
-    """Run `command` for someone who has typed `python app/COMMAND.py`, and say what to type from now on."""
+    """Run `command` for `python app/COMMAND.py`, and print the new command to use instead."""
     from lockstep.runtime.launcher import this_process_reports
 
     if this_process_reports():
         old = Path(sys.argv[0]).name
-        print(f"lockstep: python app/{old} is now `lockstep {command}`; the old one goes soon", file=sys.stderr)
+        print(f"lockstep: python app/{old} is now `lockstep {command}`; the old one will be removed", file=sys.stderr)
     main(command)
 
 
 def put_programs_last() -> None:
-    """Take the folder of this program, or with `-m` the working folder, from the head of `sys.path`.
+    """Remove the program's folder (with `-m`, the working folder) from the front of `sys.path`, and append app/.
 
-    Nothing in it then hides a module of the standard library or of an installed package; the programs beside this
-    package (train, report, ...) hide no module of a user's own, which comes before them (runtime/importing.py).
+    So no file there hides a module of the standard library or of an installed package, and the programs in app/
+    (train, report, ...) hide none of the user's own modules, which come before them (runtime/importing.py).
     """
     if not sys.flags.safe_path:
         sys.path.pop(0)

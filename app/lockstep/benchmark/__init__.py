@@ -1,1 +1,1 @@
-"""What `lockstep benchmark` measures with."""
+"""The benchmarks of `lockstep benchmark`."""

@@ -1,10 +1,10 @@
-"""What the checks cost: ledger, replica check, checkpoints, deterministic mode, beside the same updates without them.
+"""Measures what the checks cost: ledger, replica check, checkpoints and deterministic mode, against plain updates.
 
     env/run mpirun -np 2 lockstep benchmark checks
 
-All variants train in turn in one run, block by block, in an order that rotates; each ratio is the median over the
-rounds of (this variant's block) / (the plain block of the same round). Where blocks differ by more than what is to be
-measured, the last column tells: the check's own time over that of an update.
+All variants train in one job, block by block, in an order that rotates from round to round. Each ratio is the median
+over the rounds of (time of this variant's block) / (time of the plain block of the same round). If the noise between
+blocks exceeds the cost, see the last column: the time of the check alone / the time of an update.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from lockstep.benchmark.throughput import forever
 from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.tensor_slices import State
+from lockstep.runtime.command_line import command_parser
 from lockstep.settings import CheckpointSettings, CheckSettings, DataSettings, Settings
 from lockstep.tasks.classify import Classify
 from lockstep.training.build import build_trainer
@@ -42,7 +43,7 @@ PLAIN = Settings(
 
 
 def _variants(block: int) -> dict[str, Settings]:
-    """By name; each interval falls due once in a `block` of updates."""
+    """Settings by name. Intervals equal `block`, so each check runs once per block of updates."""
     return {
         "plain": PLAIN,
         "ledger": replace(PLAIN, checks=replace(PLAIN.checks, ledger=True)),
@@ -55,14 +56,14 @@ def _variants(block: int) -> dict[str, Settings]:
 
 @dataclass
 class Runner:
-    """One variant, ready for its next block."""
+    """A trainer for one variant, and its batches."""
 
     trainer: Trainer
     batches: Iterator[LabelledBatch]
     deterministic: bool
 
     def block(self, num_updates: int) -> float:
-        """Collective: seconds for `num_updates`."""
+        """Collective: train for `num_updates`; return the seconds."""
         torch.use_deterministic_algorithms(self.deterministic)
         started = time.perf_counter()
         for _ in range(num_updates):
@@ -71,7 +72,7 @@ class Runner:
 
 
 def main(cluster: Cluster, arguments: Sequence[str]) -> None:
-    """Collective."""
+    """Collective: run the benchmark."""
     options = cluster.on_root(lambda: _parse_args(arguments))
     block, variants = options.updates, _variants(options.updates)
     folder = Path(cluster.on_root(lambda: mkdtemp(prefix="lockstep-benchmark-")))
@@ -84,11 +85,10 @@ def main(cluster: Cluster, arguments: Sequence[str]) -> None:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             cluster.all_gather_object(None)
             seconds[name].append(runners[name].block(block))
-    own_cost = _own_cost(cluster, runners["plain"].trainer, folder, block)
-    saving = runners[f"checkpoint, every {block}"]
-    stall, whole = _checkpoint_stall(saving, folder)
+    separate_cost = _separate_cost(cluster, runners["plain"].trainer, folder, block)
+    stall, blocking = _checkpoint_stall(runners[f"checkpoint, every {block}"], folder)
     if cluster.is_root:
-        _print(cluster.size, block, seconds, own_cost, stall, whole)
+        _print(cluster.size, block, seconds, separate_cost, stall, blocking)
     cluster.on_root(lambda: shutil.rmtree(folder))
 
 
@@ -99,33 +99,35 @@ def _build(cluster: Cluster, settings: Settings, folder: Path) -> Runner:
 
 
 def _checkpoint_stall(runner: Runner, folder: Path) -> tuple[float, float]:
-    """Collective: seconds for which a save holds up rank 0, over the save and the update after it, and those of the
-    same save without a thread: medians; zero on other ranks."""
+    """Collective: median seconds by which a save delays rank 0, with and without the writer thread.
+
+    With the thread, the delay includes waiting in the update after the save. Both are 0 on other ranks.
+    """
     trainer = runner.trainer
     stalls: list[float] = []
-    whole: list[float] = []
+    blocking: list[float] = []
     for step in range(10**6, 10**6 + NUM_SAVES):
         before = trainer.writer.seconds_waited
-        saving = _time(trainer.checkpoint)
+        save_seconds = _time(trainer.checkpoint)
         trainer.update(next(runner.batches))
-        stalls.append(saving + trainer.writer.seconds_waited - before)
+        stalls.append(save_seconds + trainer.writer.seconds_waited - before)
         trainer.writer.wait()
         if trainer.strategy.is_saved_here:
-            whole.append(_time(_write, folder, step, trainer.strategy.saved_state()))
-    return (statistics.median(stalls), statistics.median(whole)) if whole else (0.0, 0.0)
+            blocking.append(_time(_write, folder, step, trainer.strategy.saved_state()))
+    return (statistics.median(stalls), statistics.median(blocking)) if blocking else (0.0, 0.0)
 
 
 def _write(folder: Path, step: int, state: State) -> None:
     commit(folder, step, [write_parts(folder, step, state)], {}, keep=3)
 
 
-def _own_cost(cluster: Cluster, trainer: Trainer, folder: Path, block: int) -> dict[str, float]:
-    """Collective: seconds an update that ledger and replica check take by themselves, at the default interval."""
+def _separate_cost(cluster: Cluster, trainer: Trainer, folder: Path, block: int) -> dict[str, float]:
+    """Collective: seconds per update of the ledger and of the replica check, each timed on its own."""
     ledger = SampleLedger(SampleLedger.path(folder, 0, 0, cluster.rank, cluster.size), num_samples=block)
     ids = np.arange(32)
-    recording = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
-    comparing = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))
-    return {"ledger": recording, f"replica check, every {block}": comparing / block}
+    ledger_seconds = statistics.median(_time(ledger.record, step, 0, ids) for step in range(1000))
+    replica_seconds = statistics.median(_time(trainer.strategy.compare, "in the benchmark") for _ in range(NUM_SAVES))
+    return {"ledger": ledger_seconds, f"replica check, every {block}": replica_seconds / block}
 
 
 def _time(function: Callable[..., object], *arguments: object) -> float:
@@ -135,7 +137,12 @@ def _time(function: Callable[..., object], *arguments: object) -> float:
 
 
 def _print(
-    num_ranks: int, block: int, seconds: dict[str, list[float]], own_cost: dict[str, float], stall: float, whole: float
+    num_ranks: int,
+    block: int,
+    seconds: dict[str, list[float]],
+    separate_cost: dict[str, float],
+    stall: float,
+    blocking: float,
 ) -> None:
     print(
         f"{num_ranks} ranks, {len(seconds['plain'])} rounds of {block} updates, 32 images a rank, the reference network"
@@ -144,20 +151,16 @@ def _print(
     plain = statistics.median(seconds["plain"]) / block
     for name, times in seconds.items():
         ratios = [mine / of_plain for mine, of_plain in zip(times, seconds["plain"], strict=True)]
-        own = f"{own_cost[name] / plain:10.2%}" if name in own_cost else ""
+        separate = f"{separate_cost[name] / plain:10.2%}" if name in separate_cost else ""
         spread = f"{min(ratios):.3f} ... {max(ratios):.3f}"
         milliseconds = statistics.median(times) / block * 1e3
-        print(f"{name:22} {milliseconds:10.2f} {statistics.median(ratios):9.3f} {spread:>18} {own}")
-    print(f"a save holds up training for {stall * 1e3:.2f} ms, without a thread for {whole * 1e3:.2f} ms", end=" ")
-    print(f"({stall / whole:.1%})")
+        print(f"{name:22} {milliseconds:10.2f} {statistics.median(ratios):9.3f} {spread:>18} {separate}")
+    print(f"a save delays training by {stall * 1e3:.2f} ms, without a thread by {blocking * 1e3:.2f} ms", end=" ")
+    print(f"({stall / blocking:.1%})")
 
 
 def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep benchmark checks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark checks", __doc__)
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=100, help="in a block (default: %(default)s, as intervals are)")
+    parser.add_argument("--updates", type=int, default=100, help="per block (default: %(default)s, that of intervals)")
     return parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""What the network of a job can do, and what that means for a run on more ranks.
+"""Measure the network of a job, and forecast runs on more ranks from it.
 
-An all-reduce of S bytes over n ranks is taken to last
+An all-reduce of S bytes over n ranks is modelled to take
 
     T(n, S) = c + 2 log2(n) alpha + 2 (n - 1) / n * S * beta
 
-(Thakur, Rabenseifner and Gropp 2005, section 4.5): alpha for a message's start, from a barrier, which is log2(n) of
-them; beta for a byte, and c for what Horovod does about each all-reduce, from a fit to the times measured here.
+(Thakur, Rabenseifner and Gropp 2005, section 4.5). alpha, the latency of a message, is measured by a barrier, which
+takes log2(n) of them. beta, the time per byte, and c, Horovod's overhead per all-reduce, are fitted to measured times.
 """
 
 import math
@@ -23,13 +23,13 @@ from lockstep.parallel.replicated import WIRE_TYPES, sum_over_wire_
 
 SIZES = [2**exponent for exponent in range(10, 27, 2)]  # bytes
 NUM_BARRIERS = 200
-SECONDS_A_SIZE = 1.0
+SECONDS_PER_SIZE = 1.0
 FORECAST_RANKS = [4, 16, 64, 256, 1024, 4096]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The model of the module's head: seconds, and seconds a byte."""
+    """The parameters of the model above: alpha and constant in seconds, beta in seconds per byte."""
 
     alpha: float
     beta: float
@@ -41,22 +41,22 @@ class Fit:
             return 0.0
         return self.constant + 2 * math.log2(num_ranks) * self.alpha + bus_bytes(num_ranks, num_bytes) * self.beta
 
-    def efficiency(self, num_ranks: int, num_bytes: float, alone_seconds: float) -> float:
-        """The speed of each of `num_ranks` as a part of that of a rank alone, at as many samples a rank."""
-        return alone_seconds / (alone_seconds + self.seconds(num_ranks, num_bytes))
+    def efficiency(self, num_ranks: int, num_bytes: float, compute_seconds: float) -> float:
+        """Weak scaling: the speed of each of `num_ranks` relative to a rank that does not communicate."""
+        return compute_seconds / (compute_seconds + self.seconds(num_ranks, num_bytes))
 
 
 def bus_bytes(num_ranks: int, num_bytes: float) -> float:
-    """How many bytes each rank must send, at least, in an all-reduce of `num_bytes`: 2 (n - 1) / n of them."""
+    """The bytes that each rank must send, at least, in an all-reduce of `num_bytes`: 2 (n - 1) / n times as many."""
     return 2 * (num_ranks - 1) / num_ranks * num_bytes
 
 
 def fit_alpha_beta(num_ranks: int, alpha: float, seconds: dict[int, float]) -> Fit:
-    """The least squares of the *relative* errors, so that small messages count as much as large ones.
+    """Fit beta and the constant by least squares of the *relative* errors, so that small messages count as much.
 
     Args:
-        alpha: seconds to start a message.
-        seconds: of an all-reduce, by its bytes.
+        alpha: latency of a message in seconds.
+        seconds: seconds of an all-reduce, by its bytes.
     """
     sizes, times = np.array(list(seconds)), np.array(list(seconds.values()))
     rows = np.stack([np.ones(len(sizes)), bus_bytes(num_ranks, 1) * sizes], axis=1) / times[:, None]
@@ -65,7 +65,7 @@ def fit_alpha_beta(num_ranks: int, alpha: float, seconds: dict[int, float]) -> F
 
 
 def measure_alpha(cluster: Cluster) -> float:
-    """Collective: seconds to start a message, of a barrier's log2(n)."""
+    """Collective: the latency of a message in seconds: the time of a barrier / log2(n)."""
     cluster.barrier()
     started = time.perf_counter()
     for _ in range(NUM_BARRIERS):
@@ -79,7 +79,7 @@ def measure_all_reduce(cluster: Cluster, sizes: Sequence[int]) -> dict[int, floa
 
 
 def measure_wires(cluster: Cluster, num_bytes: int) -> dict[str, float]:
-    """Collective: median seconds of an all-reduce of `num_bytes` of float32, by the data type on the wire."""
+    """Collective: median seconds of an all-reduce of `num_bytes` of float32, by the data type that is sent."""
     seconds = {"float32": measure_all_reduce(cluster, [num_bytes])[num_bytes]}
     for name, wire in WIRE_TYPES.items():
         seconds[name] = _median(cluster, partial(_sum_over_wire, cluster, wire), num_bytes)
@@ -91,17 +91,20 @@ def _sum_over_wire(cluster: Cluster, wire: torch.dtype, tensor: torch.Tensor) ->
 
 
 def measure_copy(cluster: Cluster, sizes: Sequence[int]) -> dict[int, float]:
-    """Collective: median seconds of a copy within memory by every rank at once, by its bytes."""
+    """Collective: median seconds of a memory copy by all ranks at once, by its bytes."""
     return {size: _median(cluster, torch.clone, size) for size in sizes}
 
 
 def _median(cluster: Cluster, function: Callable[[torch.Tensor], object], num_bytes: int) -> float:
-    """Collective: of some calls, each begun together; the mean of the ranks' medians, so that all know the same."""
+    """Collective: the median seconds of `function` over several calls, all ranks starting together.
+
+    Returns the mean of the ranks' medians, so that all ranks have the same number.
+    """
     tensor = torch.zeros(max(1, num_bytes // 4), device=cluster.device)
     seconds: list[float] = []
     function(tensor)
-    once = sum(cluster.all_gather_object(_time(cluster, function, tensor))) / cluster.size
-    for _ in range(max(5, min(50, int(SECONDS_A_SIZE / max(once, 1e-6))))):
+    one_call = sum(cluster.all_gather_object(_time(cluster, function, tensor))) / cluster.size
+    for _ in range(max(5, min(50, int(SECONDS_PER_SIZE / max(one_call, 1e-6))))):
         seconds.append(_time(cluster, function, tensor))
     return statistics.mean(cluster.all_gather_object(statistics.median(seconds)))
 

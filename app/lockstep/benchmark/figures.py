@@ -1,4 +1,4 @@
-"""The pictures of the benchmarks' results. Imported by rank 0 alone, once all is measured: matplotlib takes memory."""
+"""Plot the results of benchmarks. Only rank 0 imports this, after measuring, since matplotlib takes memory."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,24 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
+mpl.use("Agg")  # no display is needed; must come before pyplot is imported
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:  # to import these for good is to become an MPI process
+if TYPE_CHECKING:  # at run time, these imports would start MPI
     from lockstep.benchmark.communication import Fit
     from lockstep.benchmark.throughput import Throughput
 
 
 def plot_throughput(found: "Throughput") -> Figure:
-    """Images/s round by round, and where an update's time went."""
+    """Plot images/s by round, and how the time of an update is spent."""
     figure, (rates, split) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    names = {"run": "the run as launched", "limit": "each rank for itself", "ideal": "the same, waiting for each other"}
+    names = {
+        "run": "the run as launched",
+        "limit": "without communication",
+        "ideal": "the same, waiting for the slowest",
+    }
     for kind, style in (("limit", "k--"), ("ideal", "k:"), ("run", "o-")):
         values = getattr(found, kind)
         if values:
@@ -33,26 +37,31 @@ def plot_throughput(found: "Throughput") -> Figure:
 
 
 def plot_communication(
-    num_ranks: int, all_reduce: dict[int, float], copy: dict[int, float], fit: "Fit", num_bytes: int, alone: float
+    num_ranks: int,
+    all_reduce: dict[int, float],
+    copy: dict[int, float],
+    fit: "Fit",
+    num_bytes: int,
+    compute_seconds: float,
 ) -> Figure:
-    """The all-reduce by size beside its fit and a copy in memory, and the forecast of the efficiency."""
+    """Plot the all-reduce by size with its fit and a memory copy, and the forecast of the efficiency."""
     figure, (times, forecast) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     sizes = list(all_reduce)
     times.loglog(sizes, [seconds * 1e3 for seconds in all_reduce.values()], "o", label=f"all-reduce, {num_ranks} ranks")
     times.loglog(sizes, [fit.seconds(num_ranks, size) * 1e3 for size in sizes], "-", label="fit")
-    times.loglog(sizes, [copy[size] * 1e3 for size in sizes], "k--", label="a copy in memory")
+    times.loglog(sizes, [copy[size] * 1e3 for size in sizes], "k--", label="a memory copy")
     times.axvline(num_bytes, color="gray", linewidth=0.8, label="the gradient")
     times.set(xlabel="bytes", ylabel="ms")
     times.legend()
     ranks = [2**exponent for exponent in range(13)]
-    forecast.semilogx(ranks, [fit.efficiency(n, num_bytes, alone) for n in ranks], "o-", base=2)
+    forecast.semilogx(ranks, [fit.efficiency(n, num_bytes, compute_seconds) for n in ranks], "o-", base=2)
     forecast.set(xlabel="ranks", ylabel="efficiency (forecast)", ylim=(0, 1.05))
     forecast.grid(alpha=0.3)
     return figure
 
 
 def plot_peers(rates: Mapping[str, Sequence[float]], unit: str = "images/s") -> Figure:
-    """A bar for each peer's median, with its spread."""
+    """Plot each peer's median as a bar, with its spread."""
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     chosen = {name: values for name, values in rates.items() if values}
     medians = [statistics.median(values) for values in chosen.values()]
@@ -66,7 +75,7 @@ def plot_peers(rates: Mapping[str, Sequence[float]], unit: str = "images/s") -> 
 
 
 def plot_scaling(efficiency: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Efficiency by the number of ranks, weak and strong."""
+    """Plot the efficiency of weak and strong scaling by the number of ranks."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for how, of_ranks in efficiency.items():
         axis.plot(list(of_ranks), list(of_ranks.values()), "o-", label=how)
@@ -78,7 +87,7 @@ def plot_scaling(efficiency: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def plot_sharding(strategies: Mapping[str, Mapping[str, float | None]]) -> Figure:
-    """What a rank holds, and what it sends in an update, by strategy; a line where the formula puts it."""
+    """Plot the bytes that a rank holds, and sends per update, by strategy; a red line marks what the formula says."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, what in zip(axes, ("held", "sent"), strict=True):
         for index, of in enumerate(strategies.values()):

@@ -1,9 +1,9 @@
-"""Lockstep's flat gradient buffer beside Horovod's own `DistributedOptimizer`, all else equal.
+"""Compares Lockstep's flat gradient buffer with Horovod's own `DistributedOptimizer`, all else equal.
 
     env/run mpirun -np 2 lockstep benchmark optimizer
 
-The same model, batches in memory, loss, optimizer, cores and memory settings; in turn, round by round, in one run.
-Channels first, since DistributedOptimizer refuses the gradients of channels-last filters ("required to be contiguous").
+Both use the same model, batches in memory, loss, optimizer and cores, and take turns in one job, round by round. The
+memory format is channels first: DistributedOptimizer rejects channels-last gradients ("required to be contiguous").
 """
 
 import argparse
@@ -18,6 +18,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.data.loader import LabelledBatch
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.step import train_step
+from lockstep.runtime.command_line import command_parser
 from lockstep.settings import DataSettings, ModelSettings, Settings
 from lockstep.tasks.classify import Classify
 from lockstep.training.optim import build_optimizer
@@ -26,11 +27,11 @@ SETTINGS = Settings(data=DataSettings(batch_size_per_rank=32), model=ModelSettin
 
 
 def main(cluster: Cluster, arguments: Sequence[str]) -> None:
-    """Collective."""
+    """Collective: run the benchmark."""
     options = cluster.on_root(lambda: _parse_args(arguments))
     task = Classify(SETTINGS, cluster)
     batches = list(task.build_loader(cluster.rank, cluster.size).rest_of_epoch())
-    updates = {"flat buffer": _ours(cluster, task), "DistributedOptimizer": _horovods(task)}
+    updates = {"flat buffer": _lockstep_update(cluster, task), "DistributedOptimizer": _horovod_update(task)}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for number in range(options.rounds + 1):
         for name in sorted(updates, reverse=bool(number % 2)):
@@ -39,24 +40,24 @@ def main(cluster: Cluster, arguments: Sequence[str]) -> None:
             for index in range(options.updates):
                 updates[name](batches[index % len(batches)])
             cluster.barrier()
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 seconds[name].append(time.perf_counter() - started)
     if cluster.is_root:
-        ours, horovods = seconds["flat buffer"], seconds["DistributedOptimizer"]
+        ours, theirs = seconds["flat buffer"], seconds["DistributedOptimizer"]
         for name, times in seconds.items():
-            print(f"{name:22} {statistics.median(times) / options.updates * 1e3:.2f} ms an update")
-        ratios = [other / mine for mine, other in zip(ours, horovods, strict=True)]
+            print(f"{name:22} {statistics.median(times) / options.updates * 1e3:.2f} ms per update")
+        ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
         print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
 
 
-def _ours(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]:
+def _lockstep_update(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]:
     model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
 
     return lambda batch: train_step(strategy, batch, task, seed=0)
 
 
-def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
+def _horovod_update(task: Classify) -> Callable[[LabelledBatch], object]:
     model = task.build_model()
     optimizer = hvd.DistributedOptimizer(
         build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
@@ -71,11 +72,7 @@ def _horovods(task: Classify) -> Callable[[LabelledBatch], object]:
 
 
 def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep benchmark optimizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="after one to warm up (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=60, help="of each in a round (default: %(default)s)")
+    parser = command_parser("benchmark optimizer", __doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="after a warm-up round (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=60, help="of each per round (default: %(default)s)")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The benchmarks that run as ranks of one job: `throughput` and `comm`."""
+"""The benchmarks that run as ranks of one job: `throughput`, `comm`, `sharding` and `pipeline`."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from lockstep.benchmark.communication import (
     measure_wires,
 )
 from lockstep.benchmark.report import new_folder, print_table, save, spread
-from lockstep.benchmark.sharding import STRATEGIES, Found, measure_pipeline, measure_strategy, proof_settings
+from lockstep.benchmark.sharding import STRATEGIES, StrategyResult, measure_pipeline, measure_strategy, proof_settings
 from lockstep.benchmark.throughput import Throughput, measure_throughput
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
@@ -37,32 +37,32 @@ from lockstep.tasks.classify import Classify
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How long, and where to."""
+    """How long to measure, and where to write the results."""
 
     rounds: int = 5
-    """Rounds, in each of which everything that is compared has its turn."""
+    """Rounds; in each, everything that is compared is measured once."""
 
     updates: int = 100
-    """Updates of each turn."""
+    """Updates per round of each."""
 
     limit: bool = True
-    """Compare with the limit."""
+    """Compare with the same ranks without communication."""
 
     link_gbits: float | None = None
-    """What a node's link to the others can carry, in Gbit/s, to be compared with."""
+    """Bandwidth of a node's link in Gbit/s, to compare the all-reduce with."""
 
     json: bool = False
-    """Print one line of JSON and nothing else, and write no files."""
+    """Print one line of JSON only, and write no files."""
 
     out: str = "runs/benchmark"
-    """Folder for the results; on several nodes, one that all of them see."""
+    """Folder for the results, visible on all nodes."""
 
 
 def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
-    """Collective."""
+    """Collective: run the benchmark `kind` with the command line `args`."""
     settings, options = cluster.on_root(lambda: parse_benchmark(BenchmarkOptions, args))
     if settings.task != "classify":
-        message = f"task is {settings.task}: {kind} measures classify; lockstep benchmark ppo measures ppo"
+        message = f"task is {settings.task}: {kind} measures classify only; for ppo use lockstep benchmark ppo"
         raise SettingsError(message).as_shared()
     inventory = take_inventory(cluster)
     if cluster.is_root and not options.json:
@@ -74,20 +74,20 @@ def main(cluster: Cluster, kind: str, args: Sequence[str]) -> None:
         if cluster.is_root:
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         result, present = measure(cluster, settings, options, scratch)
-        cluster.barrier()  # all have written their last
+        cluster.barrier()  # no rank writes to the scratch folder after this
     if cluster.is_root and options.json:
         print(json.dumps(result), flush=True)
     elif cluster.is_root:
         present(folder, {**result, "environment": inventory})
 
 
-Present = Callable[[Path, dict[str, Any]], None]
+Present = Callable[[Path, dict[str, Any]], None]  # prints tables of a result, and saves it with a figure
 
 
 def _throughput(
     cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
 ) -> tuple[dict[str, Any], Present]:
-    """Collective."""
+    """Collective: measure a run as launched, its limit and how an update is spent."""
     found = measure_throughput(cluster, settings, scratch, options.rounds, options.updates, options.limit)
     rate = statistics.median(found.run)
     result: dict[str, Any] = {
@@ -104,8 +104,8 @@ def _throughput(
         rows = [("the run as launched", spread(found.run, 0), "")]
         if options.limit:
             rows += [
-                ("its limit: each rank for itself", spread(found.limit, 0), spread(found.ratios(found.limit))),
-                ("the limit, if ranks wait for each other", spread(found.ideal, 0), spread(found.ratios(found.ideal))),
+                ("its limit: ranks without communication", spread(found.limit, 0), spread(found.ratios(found.limit))),
+                ("the limit, waiting for the slowest rank", spread(found.ideal, 0), spread(found.ratios(found.ideal))),
             ]
         title = f"{cluster.size} rank(s), {options.rounds} rounds of {options.updates} updates; {settings.precision}"
         print_table(title, ("", "images/s: median (spread)", "run / this"), rows)
@@ -116,17 +116,17 @@ def _throughput(
 
 
 def _print_split(found: Throughput) -> None:
-    whole = sum(found.split.values())
-    rows = [(name, f"{value:.3f}", f"{value / whole:.1%}") for name, value in found.split.items()]
-    print_table("Where an update goes", ("", "ms", "share"), [*rows, ("all", f"{whole:.3f}", "")])
+    total = sum(found.split.values())
+    rows = [(name, f"{value:.3f}", f"{value / total:.1%}") for name, value in found.split.items()]
+    print_table("Time of an update", ("", "ms", "share"), [*rows, ("total", f"{total:.3f}", "")])
 
 
 def _comm(
     cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
 ) -> tuple[dict[str, Any], Present]:
-    """Collective."""
+    """Collective: measure the all-reduce by size, and forecast runs on more ranks."""
     if cluster.size == 1:
-        raise SettingsError("one rank has nobody to talk to: start comm with two or more, mpirun -np 2").as_shared()
+        raise SettingsError("comm needs two ranks or more: start it by mpirun -np 2").as_shared()
     model = Classify(settings, cluster).build_model()
     num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     alpha = measure_alpha(cluster)
@@ -136,7 +136,7 @@ def _comm(
     fit = fit_alpha_beta(cluster.size, alpha, all_reduce)
     found = measure_throughput(cluster, settings, scratch, options.rounds, options.updates)
     batch = settings.data.global_batch_size(cluster.size)
-    alone, measured = (batch / statistics.median(rates) for rates in (found.ideal, found.run))
+    compute_seconds, measured = (batch / statistics.median(rates) for rates in (found.ideal, found.run))
     bound = bus_bytes(cluster.size, num_bytes) * 8 / (options.link_gbits * 1e9) if options.link_gbits else None
     result: dict[str, Any] = {
         "num_ranks": cluster.size,
@@ -147,11 +147,11 @@ def _comm(
         "link_bound_seconds": bound,
         "fit": {"alpha": fit.alpha, "beta": fit.beta, "constant": fit.constant},
         "update_seconds": {
-            "alone": alone,
-            "predicted": alone + fit.seconds(cluster.size, num_bytes),
+            "alone": compute_seconds,
+            "predicted": compute_seconds + fit.seconds(cluster.size, num_bytes),
             "measured": measured,
         },
-        "forecast": {n: fit.efficiency(n, num_bytes, alone) for n in FORECAST_RANKS},
+        "forecast": {n: fit.efficiency(n, num_bytes, compute_seconds) for n in FORECAST_RANKS},
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def _comm(
             for size, seconds in all_reduce.items()
         ]
         title = f"All-reduce over {cluster.size} rank(s), float32"
-        print_table(title, ("size", "ms", "ms by the fit", "bus GB/s", "a copy in memory, GB/s"), rows)
+        print_table(title, ("size", "ms", "ms by the fit", "bus GB/s", "a memory copy, GB/s"), rows)
         print(
             f"fit: {fit.constant * 1e6:.0f} us + 2 log2(n) {fit.alpha * 1e6:.1f} us "
             f"+ 2(n-1)/n S / {1 / max(fit.beta, 1e-15) / 1e9:.2f} GB/s"
@@ -182,16 +182,18 @@ def _comm(
             )
             for name, seconds in wires.items()
         ]
-        title = f"The gradient, {num_bytes:,} B"
-        print_table(title, ("on the wire", "ms", "times as fast", "the link's bound / this"), by_wire)
+        title = f"All-reduce of the gradient, {num_bytes:,} B"
+        print_table(title, ("sent as", "ms", "times as fast", "the link's bound / this"), by_wire)
         updates = result["update_seconds"]
         print(
-            f"An update takes {updates['alone'] * 1e3:.2f} ms without communication, by the fit "
-            f"{updates['predicted'] * 1e3:.2f} ms with it; measured: {updates['measured'] * 1e3:.2f} ms"
+            f"An update takes {updates['alone'] * 1e3:.2f} ms without communication; with it, "
+            f"{updates['predicted'] * 1e3:.2f} ms by the fit, {updates['measured'] * 1e3:.2f} ms measured"
         )
         forecast = [(f"{n:,}", f"{efficiency:.3f}") for n, efficiency in result["forecast"].items()]
-        print_table("Forecast, if more nodes are joined by such links", ("ranks", "efficiency"), forecast)
-        save(folder, "comm", result, plot_communication(cluster.size, all_reduce, copy, fit, num_bytes, alone))
+        print_table("Forecast for more nodes with such links", ("ranks", "efficiency"), forecast)
+        save(
+            folder, "comm", result, plot_communication(cluster.size, all_reduce, copy, fit, num_bytes, compute_seconds)
+        )
 
     return result, present
 
@@ -199,14 +201,14 @@ def _comm(
 def _sharding(
     cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
 ) -> tuple[dict[str, Any], Present]:
-    """Collective."""
+    """Collective: compare each strategy with `replicated`, and its memory and traffic with the formulas."""
     found = {
         how: measure_strategy(cluster, proof_settings(settings.model, how), scratch, options.updates)
         for how in STRATEGIES
     }
     result: dict[str, Any] = {
         "num_ranks": cluster.size,
-        "strategies": {how: _beside(of, found["replicated"]) for how, of in found.items()},
+        "strategies": {how: _compare(of, found["replicated"]) for how, of in found.items()},
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
@@ -224,15 +226,15 @@ def _sharding(
             for how, of in result["strategies"].items()
         ]
         columns = ("", "losses", "weights", "held / formula", "sent / formula")
-        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB a rank"
+        title = f"{cluster.size} ranks, {options.updates + 1} updates: differences; MiB per rank"
         print_table(title, columns, rows)
         save(folder, "sharding", result, plot_sharding(result["strategies"]))
 
     return result, present
 
 
-def _beside(found: Found, reference: Found) -> dict[str, float | None]:
-    """What is found of one strategy; differences relative to the largest value, or absolute where that is below 1."""
+def _compare(found: StrategyResult, reference: StrategyResult) -> dict[str, float | None]:
+    """Compare a strategy with the reference; differences are relative to the largest value, or to 1 if that is more."""
     losses = zip(found.losses, reference.losses, strict=True)
     weights = [
         float((found.weights[name] - tensor).abs().max() / max(1.0, float(tensor.abs().max())))
@@ -249,22 +251,22 @@ def _beside(found: Found, reference: Found) -> dict[str, float | None]:
 
 
 def _largest(differences: list[float]) -> float:
-    """0 of none; NaN if any is NaN, which Python's max passes over."""
+    """The largest difference; 0 if there is none, NaN if any is NaN (which Python's max ignores)."""
     return float(torch.tensor([0.0, *differences], dtype=torch.float64).max())
 
 
 def _pipeline(
     cluster: Cluster, settings: Settings, options: BenchmarkOptions, scratch: Path
 ) -> tuple[dict[str, Any], Present]:
-    """Collective."""
+    """Collective: measure a pipeline, and the ideal of its schedule."""
     found = measure_pipeline(cluster, settings, scratch, options.rounds, options.updates)
     ratios = [run / ideal for run, ideal in zip(found.run, found.ideal, strict=True)]
-    num_stages, num_pieces = len(found.stage_milliseconds), settings.gradient.num_micro_batches
+    num_stages, num_micro_batches = len(found.stage_milliseconds), settings.gradient.num_micro_batches
     result: dict[str, Any] = {
         "num_stages": num_stages,
-        "num_micro_batches": num_pieces,
+        "num_micro_batches": num_micro_batches,
         "schedule": settings.pipeline.schedule,
-        "bubble": bubble(num_stages, num_pieces),
+        "bubble": bubble(num_stages, num_micro_batches),
         "updates_per_second": {"run": found.run, "ideal": found.ideal},
         "stage_milliseconds": found.stage_milliseconds,
     }
@@ -273,10 +275,11 @@ def _pipeline(
         from lockstep.benchmark.figures import plot_peers
 
         stages = ", ".join(f"{one:.2f}" for one in found.stage_milliseconds)
-        title = f"{num_stages} stages x {num_pieces} micro-batches, {settings.pipeline.schedule}; ms a stage: {stages}"
+        what = f"{num_stages} stages x {num_micro_batches} micro-batches, {settings.pipeline.schedule}"
+        title = f"{what}; ms per stage: {stages}"
         rows = [("the pipeline", spread(found.run), ""), ("its ideal", spread(found.ideal), spread(ratios))]
         print_table(title, ("", "updates/s: median (spread)", "pipeline / this"), rows)
-        print(f"The bubble is {result['bubble']:.3f} of the ideal's time")
+        print(f"The bubble is {result['bubble']:.3f} of the ideal time")
         rates = {"pipeline": found.run, "ideal": found.ideal}
         save(folder, "pipeline", result, plot_peers(rates, "updates/s"))
 

@@ -1,14 +1,14 @@
-"""Lockstep's PPO beside others: the same environments, the same settings, the same cores, in turn.
+"""Compares Lockstep's PPO with others, in turn, on the same environments, settings and cores.
 
     pip install --no-deps --target sb3 stable-baselines3 opencv-python-headless
     env/run lockstep benchmark ppo --stable-baselines3 sb3              # CartPole: speed, and steps until 475
     env/run lockstep benchmark ppo --stable-baselines3 sb3 --env pong   # speed
 
-A peer is one process that may use all cores, as its users start it; then with one thread, which for small networks is
-faster; in games also with the environments that it steps fastest. Compare with the fastest. Lockstep is two ranks. Each
-round has another seed. A peer's rate leaves its first updates out; Lockstep's is of all.
-Speed is steps of all environments a second, collecting and learning, without evaluations. `Steps until 475` are those
-until the mean return of 100 seeded episodes of the greedy policy first reaches it, looked at every 4,096 steps.
+A peer is one process that may use all cores, as its users start it; it also runs with one thread, which is faster for
+small networks, and in games with its fastest vector of environments. Compare with the fastest. Lockstep runs two ranks.
+Each round has another seed. The rate of a peer excludes its first updates; that of Lockstep includes them.
+Speed is environment steps per second, collecting and learning, without evaluations. `Steps until 475` is the number of
+steps until the mean return of 100 seeded greedy episodes reaches 475, evaluated every 4,096 steps.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lockstep.benchmark.peer_commands import Peer
+from lockstep.benchmark.peer_commands import Peer, PeerError, run_peer
 from lockstep.benchmark.report import new_folder, print_table, save, spread
-from lockstep.benchmark.running import PeerError, run_peer
+from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError
 
 LOCKSTEP, CLEANRL, SB3 = "Lockstep, 2 ranks", "CleanRL's style", "Stable-Baselines3"
@@ -33,37 +33,41 @@ PONG = (
     "--env-id ALE/Pong-v5 --num-envs 8 --num-steps 128 --total-steps 8192 --num-minibatches 4 --num-epochs 4 "
     "--learning-rate 0.0005 --gamma 0.99 --gae-lambda 0.95 --clip 0.1 --entropy 0.01 --warmup-updates 2"
 )
-SETTINGS = {  # of the peers; Lockstep's are its presets
+PEER_SETTINGS = {  # Lockstep uses its presets
     "cartpole": f"--until-return {SOLVED}",
     "pong": PONG,
 }
-LOCKSTEPS = {"cartpole": "--evaluate_every 4", "pong": "--ppo.total_steps 16384 --env.num_evaluation_episodes 2"}
+LOCKSTEP_SETTINGS = {
+    "cartpole": "--evaluate_every 4",
+    "pong": "--ppo.total_steps 16384 --env.num_evaluation_episodes 2",
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run of one of them."""
+    """The result of one training."""
 
     steps_per_second: float
     steps_to_return: int | None
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
+    """Run the benchmark.
+
     Raises:
-        LockstepError: one of them did not end well.
+        LockstepError: a training failed.
         StorageError: the results cannot be written.
     """
     from lockstep.benchmark.figures import plot_peers
 
     options = _parse_args(arguments)
     folder = new_folder(options.out)
-    arms = {LOCKSTEP: ("", ""), **_arms(options.env, options.stable_baselines3)}
-    names = list(arms)
+    variants = {LOCKSTEP: ("", ""), **_peer_variants(options.env, options.stable_baselines3)}
+    names = list(variants)
     results: dict[str, list[Result]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            results[name].append(_run(name, options.env, number, *arms[name], options.stable_baselines3))
+            results[name].append(_run(name, options.env, number, *variants[name], options.stable_baselines3))
             print(f"round {number + 1} of {options.rounds}: {name}: {results[name][-1]}", flush=True)
     print_table(
         f"{options.env}, {options.rounds} rounds", ("", "steps/s", "Lockstep / this", "steps to 475"), rows(results)
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rows(results: Mapping[str, Sequence[Result]]) -> list[tuple[str, ...]]:
-    """One for each of them: speed, ratio in each round, median of the steps to the return."""
+    """A table row for each variant: speed, Lockstep's speed relative to it, median of the steps to the return."""
     ours = [result.steps_per_second for result in results[LOCKSTEP]]
     table: list[tuple[str, ...]] = []
     for name, of_name in results.items():
@@ -93,30 +97,27 @@ def _steps(steps: Sequence[int | None]) -> str:
 
 
 def read_run(run: Path) -> Result:
-    """What a run of Lockstep has left behind."""
+    """Read the result of a run of Lockstep from its folder."""
     summary = json.loads((run / "summary.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     solved = [record["samples"] for record in records if record["kind"] == "held_out" and record["return"] >= SOLVED]
     return Result(summary["samples_per_second"], min(solved, default=None))
 
 
-def _arms(env: str, stable_baselines3: Path | None) -> dict[str, tuple[str, str]]:
-    """Of each peer, the script and how it is run."""
+def _peer_variants(env: str, stable_baselines3: Path | None) -> dict[str, tuple[str, str]]:
+    """By name: the script of a peer, and further options."""
     scripts = {CLEANRL: "cleanrl_ppo", **({SB3: "sb3_ppo"} if stable_baselines3 else {})}
-    ways = {"": "", ", 1 thread": "--threads 1", **({", fast vector": "--vector fast"} if env == "pong" else {})}
-    return {f"{name}{way}": (script, how) for name, script in scripts.items() for way, how in ways.items()}
+    options = {"": "", ", 1 thread": "--threads 1", **({", fast vector": "--vector fast"} if env == "pong" else {})}
+    return {f"{name}{suffix}": (script, more) for name, script in scripts.items() for suffix, more in options.items()}
 
 
-def _run(name: str, env: str, seed: int, script: str, how: str, stable_baselines3: Path | None) -> Result:
-    """
-    Raises:
-        LockstepError: it did not end well, or in time.
-    """
+def _run(name: str, env: str, seed: int, script: str, options: str, stable_baselines3: Path | None) -> Result:
+    """Train once. Raises LockstepError if that fails or does not end in time."""
     with TemporaryDirectory(prefix="lockstep-ppo-") as folder:
         if name == LOCKSTEP:
-            command = f"mpirun -np 2 lockstep train --config {env} --run_dir {folder}/run {LOCKSTEPS[env]}"
+            command = f"mpirun -np 2 lockstep train --config {env} --run_dir {folder}/run {LOCKSTEP_SETTINGS[env]}"
         else:
-            command = f"{sys.executable} -m lockstep.benchmark.peers.{script} {SETTINGS[env]} {how}"
+            command = f"{sys.executable} -m lockstep.benchmark.peers.{script} {PEER_SETTINGS[env]} {options}"
         path = {"PYTHONPATH": str(stable_baselines3.absolute())} if stable_baselines3 else {}
         peer = Peer(name, tuple(shlex.split(f"{command} --seed {seed}")), {} if name == LOCKSTEP else path)
         try:
@@ -135,15 +136,13 @@ def _read_peer(output: str) -> Result:
 
 
 def _ignore(output: str) -> None:
-    """A run's results are in its folder."""
+    """Ignore the output of Lockstep: its results are in the run's folder."""
 
 
 def _parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep benchmark ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--env", choices=sorted(SETTINGS), default="cartpole")
-    parser.add_argument("--rounds", type=int, default=5, help="each with a seed of its own (default: %(default)s)")
-    parser.add_argument("--stable-baselines3", type=Path, metavar="FOLDER", help="where that package was installed to")
+    parser = command_parser("benchmark ppo", __doc__)
+    parser.add_argument("--env", choices=sorted(PEER_SETTINGS), default="cartpole", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="each with another seed (default: %(default)s)")
+    parser.add_argument("--stable-baselines3", type=Path, metavar="FOLDER", help="where that package is installed")
     parser.add_argument("--out", default="runs/benchmark", help="folder for the results (default: %(default)s)")
     return parser.parse_args(arguments)

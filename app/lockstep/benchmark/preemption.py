@@ -1,9 +1,9 @@
-"""What DD-PPO's preemption of slow ranks (Wijmans et al. 2020, section 3) is worth, where one environment is slow.
+"""Measures the gain of DD-PPO's preemption of slow ranks (Wijmans et al. 2020, section 3) with one slow environment.
 
     env/run mpirun -np 2 lockstep benchmark preemption
 
-Every environment takes 1 ms a step, as a simulator does; one of the last rank's takes ten times as long. The same
-training in turn with and without `--ppo.preemption_threshold`, in steps a second of all ranks' environments.
+Every environment takes 1 ms per step, as a simulator does; one of the last rank's takes ten times as long. The same
+training runs in turn with and without `--ppo.preemption_threshold`; speed is the steps per second of all environments.
 """
 
 import shutil
@@ -25,7 +25,7 @@ from lockstep.training.run_folder import RunFolder
 
 SECONDS_A_STEP = 1e-3
 TIMES_SLOWER = 10
-THRESHOLD = 0.5  # of two ranks, one
+THRESHOLD = 0.5  # of two ranks, one is waited for
 NUM_ROUNDS, NUM_UPDATES = 5, 4
 SETTINGS = Settings(
     task="ppo",
@@ -39,7 +39,7 @@ SETTINGS = Settings(
 
 
 class Simulator(CartPoleEnv):
-    """A pole whose every step takes its time, on the rank's own core."""
+    """CartPole with steps that take `seconds` of CPU time."""
 
     seconds = SECONDS_A_STEP
 
@@ -51,8 +51,8 @@ class Simulator(CartPoleEnv):
 
 
 def main(cluster: Cluster, arguments: Sequence[str]) -> None:
-    """Collective."""
-    assert not arguments, "it has no options"
+    """Collective: run the benchmark."""
+    assert not arguments, "this benchmark has no options"
     folder = Path(cluster.on_root(mkdtemp))
     runs = {}
     for name, threshold in (("all wait", None), ("preempted", THRESHOLD)):

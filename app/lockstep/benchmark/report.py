@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table for people, JSON for programs, a picture for both."""
+"""Write the results of a benchmark: a table, JSON and a figure."""
 
 import json
 import statistics
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from lockstep.runtime.command_line import plain_console
 from lockstep.runtime.errors import StorageError
 
 if TYPE_CHECKING:
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def new_folder(out: str) -> Path:
-    """`out` as a folder, made if need be.
+    """The folder `out`, which is created if it is missing.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: it cannot be created.
     """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"the folder {folder} for the results cannot be made: {error}; choose one by --out"
+            f"the folder {folder} for the results cannot be created: {error}; choose another by --out"
         ) from None
     return folder
 
@@ -46,13 +46,13 @@ def save(folder: Path, name: str, result: Mapping[str, Any], figure: "Figure") -
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others, which are numbers, to the right."""
+    """Print a table. The first column is left-aligned, the others, which are numbers, right-aligned."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
-    Console(color_system=None).print(table)
+    plain_console().print(table)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

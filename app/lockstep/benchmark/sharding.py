@@ -1,6 +1,7 @@
-"""Every strategy beside `replicated`: whether it learns the same, and what a rank holds and sends beside the formula.
+"""Compare every strategy with `replicated`: losses and weights, and the bytes that a rank holds and sends.
 
-`held` is found by walking over all that a strategy holds; `sent` is counted by the kernel, on one node with Open MPI.
+`held` is the total size of all tensors reachable from the strategy; `sent` is counted by the kernel, on one node with
+Open MPI.
 """
 
 import gc
@@ -32,14 +33,16 @@ from lockstep.training.run_folder import RunFolder
 
 Parallel = Literal["replicated", "zero1", "zero2", "zero3", "pipeline"]
 STRATEGIES: tuple[Parallel, ...] = ("replicated", "zero1", "zero2", "zero3", "pipeline")
-NUM_STATES = 2  # that Adam keeps for each parameter
+NUM_STATES = 2  # of Adam per parameter
 
 MICRO_BATCHES, CLIP_NORM = 3, 0.5
 
 
 def proof_settings(model: ModelSettings, parallel: Parallel) -> Settings:
-    """A run in which all that could differ does something, in float64: ragged batches, micro-batches, clipping, Adam
-    with weight decay on one of two groups."""
+    """Settings in float64 that use everything in which strategies could differ.
+
+    Uneven batches, micro-batches, gradient clipping, and Adam with weight decay on one of two groups.
+    """
     return Settings(
         parallel=parallel,
         precision="float64",
@@ -53,15 +56,15 @@ def proof_settings(model: ModelSettings, parallel: Parallel) -> Settings:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one strategy did on this rank, or on all of them.
+class StrategyResult:
+    """What was measured of one strategy.
 
     Attributes:
-        losses: of each update.
-        weights: after the last, of the whole model; on rank 0.
-        held: bytes of the rank that holds most.
-        sent: bytes of an update, the mean over ranks; 0 where they are not counted.
-        held_formula, sent_formula: what they should be; None where there is no formula.
+        losses: the loss of each update.
+        weights: the merged model after the last update; on rank 0 only.
+        held: bytes held by the rank that holds most.
+        sent: bytes sent per update, mean over ranks; 0 if the kernel does not count them.
+        held_formula, sent_formula: what the formulas say; None if there is none.
     """
 
     losses: list[float]
@@ -72,8 +75,8 @@ class Found:
     sent_formula: float | None
 
 
-def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_updates: int) -> Found:
-    """Collective: train for `num_updates` after a first one."""
+def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_updates: int) -> StrategyResult:
+    """Collective: train for `num_updates` after a first one, which allocates the memory."""
     folder = scratch / settings.parallel
     cluster.on_root(lambda: folder.mkdir())
     trainer = build_trainer(cluster, settings, Classify(settings, cluster), RunFolder(folder))
@@ -92,7 +95,7 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
     weights: dict[str, Tensor] = {}
     strategy.merge(lambda name, tensor: weights.update({name: tensor}))
     held_formula, sent_formula = formulas(cluster, strategy, settings)
-    return Found(
+    return StrategyResult(
         [loss_sum / num_samples for loss_sum, _, num_samples in losses],
         weights,
         held,
@@ -103,33 +106,33 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
 
 
 def formulas(cluster: Cluster, strategy: Strategy, settings: Settings) -> tuple[float, float | None]:
-    """Collective: bytes that the rank with most holds between updates, and sends in one, with Adam.
+    """Collective: the bytes that the fullest rank should hold between updates, and send in one, with Adam.
 
-    With P bytes of parameters on N ranks, of which the largest block has L: see the head of parallel/zero.py. The
-    memory that blocks pass through counts as held: two slots for gradients, one for those received, two for parameters
-    at stage 3, and two for the parts that are sent below it. A pipeline sends activations, which have no such formula.
+    For P bytes of parameters on N ranks, L of them in the largest block: see the docstring of parallel/zero.py. The
+    buffers that blocks pass through count as held: two for gradients and one for received gradients; at stage 3 two for
+    parameters, below it two for shards to send. A pipeline sends activations, for which there is no formula.
     """
     how, n = settings.parallel, cluster.size
     blocks: dict[str, int] = {}
     for name, tensor in strategy.meta_state.items():
         block = name.split(".")[0]
         blocks[block] = blocks.get(block, 0) + tensor.nbytes
-    whole, largest, part = sum(blocks.values()), max(blocks.values()), (n - 1) / n
-    num_pieces = settings.gradient.num_micro_batches
+    total, largest, fraction = sum(blocks.values()), max(blocks.values()), (n - 1) / n
+    num_micro_batches = settings.gradient.num_micro_batches
     if how == "replicated":
-        return whole * (2 + NUM_STATES), 2 * part * whole
+        return total * (2 + NUM_STATES), 2 * fraction * total
     if how == "zero1":
-        return whole * (2 + NUM_STATES / n) + largest * (1 + 2 / n), 2 * part * whole
+        return total * (2 + NUM_STATES / n) + largest * (1 + 2 / n), 2 * fraction * total
     if how == "zero2":
-        return whole * (1 + (1 + NUM_STATES) / n) + largest * (3 + 2 / n), (1 + num_pieces) * part * whole
+        return total * (1 + (1 + NUM_STATES) / n) + largest * (3 + 2 / n), (1 + num_micro_batches) * fraction * total
     if how == "zero3":
-        return whole * (2 + NUM_STATES) / n + largest * 5, 3 * num_pieces * part * whole
+        return total * (2 + NUM_STATES) / n + largest * 5, 3 * num_micro_batches * fraction * total
     of_stage = sum(parameter.nbytes for parameter in strategy.model.parameters())
     return max(cluster.all_gather_object(of_stage)) * (2 + NUM_STATES), None
 
 
 def held_bytes(root: object) -> int:
-    """The bytes of all tensors that can be reached from `root`; memory that several share counts once."""
+    """The bytes of all tensors reachable from `root`; storage that several tensors share counts once."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     waiting = [root]
@@ -151,12 +154,13 @@ def held_bytes(root: object) -> int:
 
 
 @dataclass(frozen=True)
-class PipelineFound:
-    """
+class PipelineResult:
+    """What was measured of a pipeline.
+
     Attributes:
         run: updates/s of each round.
-        ideal: updates/s of the same rounds if nothing were lost but the bubble.
-        stage_milliseconds: of one micro-batch forward and backward, by stage.
+        ideal: updates/s of each round if only the bubble cost time.
+        stage_milliseconds: by stage, milliseconds of one micro-batch forward and backward.
     """
 
     run: list[float]
@@ -166,17 +170,17 @@ class PipelineFound:
 
 def measure_pipeline(
     cluster: Cluster, settings: Settings, folder: Path, num_rounds: int, num_updates: int
-) -> PipelineFound:
-    """Collective: updates of a pipeline, and in turn every stage by itself, at the same time, without messages.
+) -> PipelineResult:
+    """Collective: in turn, time updates of a pipeline, and all its stages at once without messages between them.
 
-    Of m micro-batches and p stages, the ideal takes m + p - 1 times as long as the slowest stage's micro-batch, and the
-    optimizer's step (Huang et al. 2019, section 2.3).
+    With m micro-batches and p stages, the ideal update takes m + p - 1 times the slowest stage's time of a micro-batch,
+    plus the optimizer's step (Huang et al. 2019, section 2.3).
     """
     settings = replace(
         settings,
         parallel="pipeline",
         log_interval=10**9,
-        optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
+        optimizer=replace(settings.optimizer, learning_rate=1e-6),  # many updates must not diverge to NaN
         checkpoint=CheckpointSettings(interval=0),
         checks=replace(settings.checks, replica_interval=0),
     )
@@ -185,7 +189,7 @@ def measure_pipeline(
     assert isinstance(strategy, Pipeline)
     num_stages = len(strategy.firsts)
     run, ideal, stages = [], [], [0.0] * num_stages
-    for number in range(num_rounds + 1):  # the first is not counted
+    for number in range(num_rounds + 1):  # the first round is a warm-up
 
         def updates() -> None:
             for _ in range(num_updates):
@@ -193,13 +197,13 @@ def measure_pipeline(
 
         _, seconds = timed(cluster, updates)
         batch = next(batches)
-        pieces = batch.split(settings.gradient.num_micro_batches)
-        passes, step = strategy.time_alone(pieces, trainer.task, num_updates)
+        micro_batches = batch.split(settings.gradient.num_micro_batches)
+        passes, step = strategy.time_alone(micro_batches, trainer.task, num_updates)
         of_ranks = cluster.all_gather_object((passes, step))
         slowest = max(passes for passes, _ in of_ranks)
         if number:
-            whole = (len(pieces) + num_stages - 1) * slowest + max(step for _, step in of_ranks)
+            ideal_seconds = (len(micro_batches) + num_stages - 1) * slowest + max(step for _, step in of_ranks)
             run.append(num_updates / seconds)
-            ideal.append(1 / whole)
+            ideal.append(1 / ideal_seconds)
             stages = [1e3 * passes for passes, _ in of_ranks[:num_stages]]
-    return PipelineFound(run, ideal, stages)
+    return PipelineResult(run, ideal, stages)

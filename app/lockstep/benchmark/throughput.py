@@ -1,8 +1,8 @@
-"""Images per second of a run as it was launched, beside its limit: the same ranks, each for itself.
+"""Measure images per second of a run as launched, and of its limit: the same ranks without communication.
 
-The run is all that app/train.py does in an update, with the ledger on: sampler, all-reduce, replica check, run log. The
-limit is a bare PyTorch loop over the same model, batch size, precision and optimizer, with its batches in memory, no
-communication, and Horovod's thread at rest. They take turns, round by round.
+The run does everything that app/train.py does in an update, with the ledger on: sampler, all-reduce, replica check, run
+log. The limit is a bare PyTorch loop with the same model, batch size, precision and optimizer, with its batches in
+memory, no communication, and Horovod's thread stopped. The two take turns, round by round.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from lockstep.training.trainer import Trainer
 T = TypeVar("T")
 
 NUM_BATCHES_IN_MEMORY = 16
-WARMUP = 20  # updates, of each before the first round
+WARMUP = 20  # updates of each before the first round
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What all ranks together have done.
+    """Measurements over all ranks together.
 
     Attributes:
         run, limit: images/s of each round.
-        ideal: images/s of each round's limit if its ranks had waited for the slowest of them after every update, at no
-            cost: what a synchronous run could reach at best, since cores differ from one moment to the next.
-        split: milliseconds of one update of the run, by what they were spent on: the mean over ranks and rounds.
+        ideal: images/s of each round's limit if all ranks waited for the slowest one after every update, at no cost:
+            the most that a synchronous run can reach, since the speed of cores varies.
+        split: milliseconds of one update of the run by activity; the mean over ranks and rounds.
     """
 
     run: list[float]
@@ -53,23 +53,23 @@ class Throughput:
     split: dict[str, float]
 
     def ratios(self, to: list[float]) -> list[float]:
-        """The run's images/s as a part of `to`, round by round."""
+        """The run's images/s relative to `to`, round by round."""
         return [mine / other for mine, other in zip(self.run, to, strict=True)]
 
 
 def measure_throughput(
     cluster: Cluster, settings: Settings, folder: Path, num_rounds: int, num_updates: int, with_limit: bool = True
 ) -> Throughput:
-    """Collective: `num_rounds` of `num_updates` of the run, and of its limit after each if `with_limit`.
+    """Collective: measure `num_rounds` of `num_updates` of the run, each followed by its limit if `with_limit`.
 
     Args:
-        folder: an empty one that all ranks see, for what the run writes.
+        folder: an empty folder that all ranks see, for the run's files.
     """
     settings = replace(
         settings,
         num_epochs=10**6,
-        optimizer=replace(settings.optimizer, learning_rate=1e-6),  # so many updates must not end in NaN
-        checkpoint=CheckpointSettings(interval=0),  # their cost is told by `benchmark checks`
+        optimizer=replace(settings.optimizer, learning_rate=1e-6),  # many updates must not diverge to NaN
+        checkpoint=CheckpointSettings(interval=0),  # `benchmark checks` measures their cost
         checks=replace(settings.checks, ledger=True),
     )
     run = _Run(cluster, settings, folder)
@@ -103,7 +103,7 @@ def measure_throughput(
 
 
 class _SynchronisedRecorder(FlightRecorder):
-    """Waits for the GPU between two phases, so that each is charged with its own work."""
+    """A flight recorder that waits for the GPU between phases, so that each phase is charged for its own work."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _SynchronisedRecorder(FlightRecorder):
 
 
 class _Run:
-    """Training as app/train.py does it."""
+    """Training, as app/train.py does it."""
 
     def __init__(self, cluster: Cluster, settings: Settings, folder: Path) -> None:
         """Collective."""
@@ -127,7 +127,11 @@ class _Run:
         self._batches = forever(self.trainer)
 
     def updates(self, number: int) -> list[tuple[float, float, float, float]]:
-        """Collective: for each update, seconds of sampling, of the rest, in the step, and of that in the all-reduce."""
+        """Collective: train for `number` updates.
+
+        Returns for each update the seconds of the sampler, of everything else, of the step within that, and of the
+        all-reduce within the step.
+        """
         parts = []
         with contextlib.redirect_stdout(io.StringIO()):  # the log lines
             for _ in range(number):
@@ -144,7 +148,7 @@ class _Run:
 
 
 def forever(trainer: Trainer) -> Iterator[LabelledBatch]:
-    """Batches of one epoch after the other."""
+    """Yield the batches of one epoch after the other, without end."""
     while True:
         yield from trainer.loader.rest_of_epoch()
 
@@ -160,13 +164,13 @@ class _Limit:
         self._optimizer = build_optimizer(self._model, settings.optimizer)
         loader = task.build_loader(cluster.rank, cluster.size)
         batches = itertools.islice(loader.rest_of_epoch(), NUM_BATCHES_IN_MEMORY)
-        whole = min(loader.batch_size, loader.num_samples)  # an epoch's ragged last batch would count for too much
-        self._batches = [batch for batch in batches if batch.global_size == whole]
-        self.num_images_per_update = whole
+        full = min(loader.batch_size, loader.num_samples)  # a smaller last batch of the epoch would count too much
+        self._batches = [batch for batch in batches if batch.global_size == full]
+        self.num_images_per_update = full
         self._next = 0
 
     def updates(self, number: int) -> list[float]:
-        """Seconds of each of `number` updates."""
+        """Train for `number` updates; return the seconds of each."""
         seconds = []
         for _ in range(number):
             batch = self._batches[self._next % len(self._batches)]
@@ -182,7 +186,7 @@ class _Limit:
 
 
 def timed(cluster: Cluster, function: Callable[[], T]) -> tuple[T, float]:
-    """Collective: what `function` returns, and the seconds until all ranks had done it."""
+    """Collective: call `function`; return its result, and the seconds until all ranks have finished."""
     cluster.barrier()
     started = time.perf_counter()
     answer = function()
@@ -191,9 +195,9 @@ def timed(cluster: Cluster, function: Callable[[], T]) -> tuple[T, float]:
 
 
 def _split(ranks: list[list[tuple[float, float, float, float]]]) -> dict[str, float]:
-    """What an update's milliseconds went to, from the parts of every rank's updates.
+    """Milliseconds of an update by activity, from the times that `_Run.updates` returned on every rank.
 
-    The rank that enters an all-reduce last waits for none, so that it alone sees what the all-reduce itself takes.
+    The last rank to enter an all-reduce waits for no other, so its time is that of the all-reduce itself.
     """
     parts = torch.tensor(ranks, dtype=torch.float64).mul_(1e3)  # (ranks, updates, 4)
     sampler, rest, inside, sums = parts.unbind(2)

@@ -1,13 +1,13 @@
-"""Injects real faults into real jobs, under your own launcher, and tells what came of each. Starts its own ranks.
+"""Injects real faults into real jobs, under your own launcher, and reports the result of each. Starts its own ranks.
 
     env/run lockstep drill                                              mpirun -np 4, on this machine
     env/run lockstep drill --launcher "srun --mpi=pmix -n {ranks}"      within an allocation (salloc, sbatch)
     env/run lockstep drill --launcher "horovodrun -np {ranks} -H n1:2,n2:2"
     env/run lockstep drill --faults sigstop,exception                   some of them
 
-For each fault a small training gets it in mid-epoch. The job must say what was wrong within the limit of a stall + 5 s,
-end with the documented exit code and leave no process behind on any node; then the run goes on, and must end with the
-model of a run that had no fault, every sample learned from exactly once. A cut link needs two nodes and root.
+Each fault strikes a small training in mid-epoch. The job must report what is wrong within the stall limit + 5 s, end
+with the documented exit code and leave no process behind on any node. Then the run is resumed, and must end with the
+model of a run without a fault, after using every sample exactly once. A cut link needs two nodes and root.
 """
 
 import argparse
@@ -16,17 +16,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from lockstep.drill.driving import Drill, Drilled
-from lockstep.drill.faults import FAULTS
+from lockstep.drill.drill import FAULTS, Drill, Result
+from lockstep.runtime.command_line import command_parser, plain_console
 from lockstep.runtime.errors import SettingsError, UnhealthyError, run_alone
 from lockstep.training.run_folder import storage_errors
 
 
 def run() -> None:
-    """Raises UnhealthyError if not all went as it should."""
+    """Raises UnhealthyError if a fault did not pass."""
     options = _parse_args()
     if unknown := set(options.faults) - set(FAULTS):
         raise SettingsError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
@@ -48,8 +47,8 @@ def run() -> None:
         raise UnhealthyError(f"{len(failed)} of {len(results)} did not pass: {', '.join(failed)}; logs: {folder}")
 
 
-def _print_table(results: list[Drilled], limit: float) -> None:
-    table = Table(title=f"Faults, and what came of them (a stall's limit: {limit:g} s)")
+def _print_table(results: list[Result], limit: float) -> None:
+    table = Table(title=f"Faults (stall limit: {limit:g} s)")
     for heading in ("fault", "", "verdict after", "exit code", "redone", "left over", "verdict"):
         table.add_column(heading)
     for result in results:
@@ -66,20 +65,18 @@ def _print_table(results: list[Drilled], limit: float) -> None:
             f"{len(result.orphans)} processes",
             result.verdict,
         )
-    Console(color_system=None, width=160).print(table)
+    plain_console(width=160).print(table)
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep drill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("drill", __doc__)
     parser.add_argument("--launcher", default="mpirun -np {ranks}", help="how ranks are started (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--limit", type=float, default=10.0, help="of a stall, in seconds (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=4, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=10.0, help="stall limit in seconds (default: %(default)s)")
     parser.add_argument(
         "--faults", type=lambda text: text.split(","), default=list(FAULTS), help="default: " + ",".join(FAULTS)
     )
-    parser.add_argument("--folder", type=Path, help="new folder for runs and logs, which all nodes see")
+    parser.add_argument("--folder", type=Path, help="new folder for runs and logs, visible on all nodes")
     return parser.parse_args()
 
 

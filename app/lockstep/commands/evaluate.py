@@ -1,9 +1,9 @@
-"""Loads the merged model of a run alone and evaluates it: on the held-out samples, or in seeded episodes.
+"""Evaluates the merged model of a finished run: on the held-out samples, or in seeded episodes.
 
 env/run lockstep evaluate runs/latest                     accuracy, confusion matrix, worst mistakes; or the return
 env/run mpirun -np 4 lockstep evaluate runs/latest        the same, shared by four ranks
-env/run lockstep evaluate runs/latest --episodes 20       of an agent that acts: so many episodes
-env/run lockstep evaluate runs/latest --record play.gif   one of them as moving pictures
+env/run lockstep evaluate runs/latest --episodes 20       the return of an agent over 20 episodes
+env/run lockstep evaluate runs/latest --record play.gif   one episode as an animation
 """
 
 import argparse
@@ -12,12 +12,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
+from lockstep.runtime.command_line import command_parser, plain_console
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.trust import add_trust
@@ -49,15 +49,15 @@ def run(cluster: Cluster) -> None:
 
 
 def _settings_for(arguments: argparse.Namespace) -> Settings:
-    """Those of the run.
+    """The settings of the run, changed by `arguments`.
 
     Raises:
-        StorageError: it is not finished.
-        SettingsError: it is of another kind than `arguments` are for.
+        StorageError: the run is not finished.
+        SettingsError: `arguments` are for another kind of task.
     """
     settings = RunFolder.open(arguments.run).load_settings(arguments.trust == "true")
     if settings.task == "classify" and (arguments.record or arguments.episodes):
-        raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for what acts")
+        raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for agents")
     if arguments.episodes:
         settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
     return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
@@ -71,12 +71,12 @@ def _print_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
         table.add_column(heading, justify="right")
     for name, row in zip(classes, confusion.tolist(), strict=True):
         table.add_row(name, *(str(count) if count else "." for count in row))
-    Console(color_system=None).print(table)  # a launcher's pipe may pass for a terminal, even into a file
+    plain_console().print(table)
 
 
 def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> None:
-    """The wrong answers in which the true class was held least likely."""
-    from lockstep.training.plots import plot_mistakes  # matplotlib is for rank 0 alone
+    """Draw the misclassified samples whose true class got the lowest probability."""
+    from lockstep.training.plots import plot_mistakes  # imports matplotlib, which only rank 0 needs
 
     output, labels = task.predict(model)
     predicted, names = output.argmax(1), task.held_out.classes
@@ -90,7 +90,7 @@ def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> Non
 
 
 def _record(task: Task, model: nn.Module, picture: Path) -> None:
-    from lockstep.tasks.ppo import Ppo  # with Gymnasium, for those who need it
+    from lockstep.tasks.ppo import Ppo  # imports Gymnasium
     from lockstep.tasks.recording import record
 
     assert isinstance(task, Ppo)
@@ -100,19 +100,19 @@ def _record(task: Task, model: nn.Module, picture: Path) -> None:
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
-    parser.add_argument("--episodes", type=_at_least_one, help="how many (default: as the run's settings say)")
-    parser.add_argument("--record", type=Path, metavar="FILE.gif", help="write an episode as moving pictures")
+    parser.add_argument(
+        "--episodes", type=_at_least_one, help="number of episodes (default: the run's env.num_evaluation_episodes)"
+    )
+    parser.add_argument("--record", type=Path, metavar="FILE.gif", help="record an episode as an animation")
     add_trust(parser)
     return parser.parse_args()
 
 
 def _at_least_one(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of episodes")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 

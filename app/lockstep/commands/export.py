@@ -1,11 +1,11 @@
-"""The merged model for programs that know nothing of Lockstep.
+"""Exports the merged model of a finished run for programs without Lockstep.
 
 env/run lockstep export runs/latest                 model.pt2, for torch.export.load; model.onnx, for ONNX Runtime
 env/run lockstep export runs/latest --formats onnx  one of them
 
-Inputs are what the network takes: normalised images, or observations; any number of them. ONNX is in float32. Each
-file holds the run's settings.yaml, too. It is read again, and must give what the model gives. `model.safetensors`,
-which every run leaves, has the weights alone.
+The inputs are those of the network: normalised images or observations, in batches of any size. ONNX is in float32. Each
+file also holds the run's settings.yaml. It is loaded again, and its outputs must equal the model's.
+`model.safetensors`, which every run leaves, has the weights only.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
+from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, SettingsError
 from lockstep.settings.reading import SETTINGS_FILE
 from lockstep.settings.trust import add_trust
@@ -28,21 +29,21 @@ from lockstep.training.build import build_task
 from lockstep.training.run_folder import RunFolder, load_into, replacing
 
 Outputs = Callable[[Tensor], Tensor]
-NUM_EXAMPLES = 3  # to export with
-NUM_CHECKED = 64  # other samples, and more of them
-TOLERANCE = 1e-5  # of the largest output: others compute in another order, in float32
+NUM_EXAMPLES = 3  # batch size of the example inputs for tracing
+NUM_CHECKED = 64  # batch size of the comparison: another size, and other inputs
+TOLERANCE = 1e-5  # relative to the largest output; other runtimes sum float32 in another order
 
 
 def run(cluster: Cluster) -> None:
     """
     Raises:
-        LockstepError: what was written does not give what the model gives.
-        SettingsError: it was started as several ranks.
+        LockstepError: an exported file gives other outputs than the model.
+        SettingsError: this was started as several ranks.
         StorageError: the run is not finished, or a file cannot be written.
     """
     arguments = _parse_args()
     if cluster.size > 1:
-        raise SettingsError("one rank exports a model: start this without a launcher").as_shared()
+        raise SettingsError("export runs on one rank: start it without a launcher").as_shared()
     folder = RunFolder.open(arguments.run)
     settings = folder.load_settings(arguments.trust == "true")
     task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
@@ -59,21 +60,23 @@ def run(cluster: Cluster) -> None:
 
 
 def export(model: nn.Module, examples: Tensor, folder: RunFolder, name: str) -> float:
-    """Write `model` as model.`name`; how far the outputs of what was written are from its own, of the largest.
+    """Write `model` as model.`name`, load it again, and return the largest difference of the outputs.
+
+    The difference is relative to the largest output.
 
     Raises:
-        LockstepError: too far; or the network is of a kind that cannot be written so.
-        StorageError: it cannot be written.
+        LockstepError: the difference is above `TOLERANCE`, or the exporter does not support this network.
+        StorageError: the file cannot be written.
     """
     torch.manual_seed(0)
     inputs = examples.mean() + torch.randn(NUM_CHECKED, *examples.shape[1:], dtype=examples.dtype)
     with torch.no_grad(), warnings.catch_warnings(), replacing(folder.path / f"model.{name}") as temporary:
-        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
         expected = model(inputs)
         settings = (folder.path / SETTINGS_FILE).read_text()
         try:
             found = FORMATS[name](model, examples, temporary, settings)(inputs)
-        except Exception as error:  # an exporter's, of one network in a thousand ways
+        except Exception as error:  # exporters raise many types of errors
             why = " ".join(str(error).split())[:300]
             raise LockstepError(f"this network cannot be written as model.{name}: {why}") from error
         difference = float((found - expected).abs().max() / expected.abs().max())
@@ -96,7 +99,7 @@ def _write_pt2(model: nn.Module, examples: Tensor, file: Path, settings: str) ->
 def _write_onnx(model: nn.Module, examples: Tensor, file: Path, settings: str) -> Outputs:
     import onnxruntime
 
-    # ONNX Runtime knows most of what networks do in float32 alone.
+    # ONNX Runtime supports most operators in float32 only.
     model, examples = copy.deepcopy(model).float(), examples.float()
     program: Any = torch.onnx.export(
         model,
@@ -117,9 +120,7 @@ FORMATS = {"pt2": _write_pt2, "onnx": _write_onnx}
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run, such as runs/latest")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="(default: %(default)s)")
     add_trust(parser)

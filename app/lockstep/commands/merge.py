@@ -1,9 +1,9 @@
-"""Merges a checkpoint, however many ranks it was written by and whatever the strategy, into one file. Needs no MPI.
+"""Merges a checkpoint of any number of ranks and any strategy into one model file. Needs no MPI.
 
 env/run lockstep merge runs/latest                            the last checkpoint -> runs/latest/model.safetensors
 env/run lockstep merge runs/latest --step 200                 update 200 -> runs/latest/model-200.safetensors
 
-Tensor by tensor: it needs memory for the largest tensor only. `lockstep evaluate` then scores the run's merged model.
+It merges one tensor at a time, and needs memory for the largest one only. `lockstep evaluate` then scores the model.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lockstep.parallel.merge import merge_shards
 from lockstep.parallel.weight_average import AVERAGE
+from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import SettingsError, StorageError, run_alone
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
 from lockstep.training.run_folder import MODEL, replacing
@@ -28,7 +29,7 @@ def run() -> None:
     """
     Raises:
         SettingsError: there is no such checkpoint.
-        StorageError: the checkpoint is torn, or the file cannot be written.
+        StorageError: the checkpoint is damaged, or the file cannot be written.
     """
     arguments = _parse_args()
     checkpoint = _find(arguments.run, arguments.step)
@@ -41,14 +42,14 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
     """Write the model in `checkpoint` to `out`, and return its digest.
 
     Raises:
-        StorageError: the checkpoint lacks a part, or the file cannot be written.
+        StorageError: a shard is missing, or the file cannot be written.
     """
     names = [name for name in checkpoint.shapes if name.startswith(PREFIX)]
-    tied = _tied_weights(checkpoint)  # whose average has the first of their names
-    meta_state = {name.removeprefix(PREFIX): _like(checkpoint, name) for name in names}
+    tied = _tied_weights(checkpoint)  # the weight average has them under their first name only
+    meta_state = {name.removeprefix(PREFIX): _meta_tensor(checkpoint, name) for name in names}
     with replacing(out) as temporary, TensorFileWriter(temporary, meta_state) as writer:
         for name, tensor in meta_state.items():
-            average = f"{AVERAGE_PREFIX}{tied.get(name, name)}"  # where the run keeps one, it is its model
+            average = f"{AVERAGE_PREFIX}{tied.get(name, name)}"  # if the run averages weights, the average is its model
             parts = checkpoint.parts(average if average in checkpoint.shapes else f"{PREFIX}{name}")
             try:
                 merged = merge_shards({name: parts}, meta_state={name: tensor})
@@ -59,8 +60,9 @@ def merge_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
 
 
 def _tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
-    """Further names of parameters that have several -> the first: what checkpoints of before did not say is found by
-    equal contents.
+    """Map each further name of a tied parameter to its first name.
+
+    Older checkpoints do not record these; there, tied parameters are those with equal contents.
     """
     if "tied_weights" in checkpoint.counters:
         return dict(checkpoint.counters["tied_weights"])
@@ -76,7 +78,7 @@ def _tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _like(checkpoint: Checkpoint, name: str) -> Tensor:
+def _meta_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return torch.empty(checkpoint.shapes[name], dtype=checkpoint.read(name, 0, 0).dtype, device="meta")
 
 
@@ -92,11 +94,9 @@ def _find(run: Path, step: int | None) -> Checkpoint:
 
 
 def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("merge", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the last that is whole)")
+    parser.add_argument("--step", type=int, help="the checkpoint after this update (default: the last complete one)")
     parser.add_argument(
         "--out", type=Path, help=f"the file to write (default: {MODEL}, or model-STEP.safetensors, in the run's folder)"
     )

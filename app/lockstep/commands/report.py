@@ -1,8 +1,8 @@
-"""One page of one or several runs, to look at, to send and to keep. It needs no server, no network and no MPI.
+"""Writes one HTML page about one or several runs, without links to other files. Needs no server, network or MPI.
 
 env/run lockstep report runs/latest                       runs/latest/report.html
 env/run lockstep report runs/a runs/b --out report.html   two runs side by side
-env/run lockstep report runs/sweep-17 --table             a table of all runs of a sweep, or of several runs; no page
+env/run lockstep report runs/sweep-17 --table             print a table of all runs of a sweep, and write no page
 """
 
 import argparse
@@ -16,8 +16,9 @@ from jinja2 import Environment, PackageLoader
 from lockstep import __version__
 from lockstep.report.drawing import draw_confusion, draw_curves, draw_returns, draw_time
 from lockstep.report.records import Record, efficiencies, read_record
-from lockstep.report.table import RESULTS, settings_that_differ, tell_table
+from lockstep.report.table import RESULTS, print_table, settings_that_differ
 from lockstep.runtime.affinity import format_cpus
+from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import StorageError, run_alone
 from lockstep.runtime.hints import suggest
 from lockstep.settings.reading import SETTINGS_FILE
@@ -32,7 +33,7 @@ def run() -> None:
     """
     arguments = _parse_args()
     if arguments.table:
-        tell_table(arguments.runs)
+        print_table(arguments.runs)
         return
     for run in arguments.runs:
         if not (run / SETTINGS_FILE).is_file():
@@ -44,7 +45,7 @@ def run() -> None:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The page, which holds everything within itself."""
+    """The page as HTML, with all pictures inside."""
     environment = Environment(loader=PackageLoader("lockstep", "report"), autoescape=True, trim_blocks=True)
     environment.globals |= {"number": _number, "ranges": format_cpus, "suggest": suggest}
     return environment.get_template("page.html").render(
@@ -71,11 +72,9 @@ def _number(value: Any, name: str) -> str:
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="the folders of runs, such as runs/latest")
-    parser.add_argument("--table", action="store_true", help="print one line for each run; of a sweep, keep it there")
+    parser.add_argument("--table", action="store_true", help="print one line per run; for a sweep, also write it there")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run's folder)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""`lockstep train`: one run, from its settings to its merged model."""
+"""`lockstep train`: train one run, from its settings to its merged model."""
 
 from lockstep.comm.program import run_program
 from lockstep.training.run import run

@@ -1,5 +1,6 @@
-"""Messages between ranks that give up at a deadline, and that sleep while they wait, so as not to disturb what is
-being measured. MPI's own calls do neither.
+"""Messages between ranks that give up at a deadline. MPI's own blocking calls have no timeout.
+
+Waiting sleeps rather than spins, so that it does not disturb what is being measured.
 """
 
 import os
@@ -9,14 +10,14 @@ from typing import Any
 
 from lockstep.comm.mpi_library import MPI
 
-SECONDS_A_LOOK = 0.001
+SECONDS_BETWEEN_POLLS = 0.001
 
 
-class MissingError(TimeoutError):
-    """Ranks from which nothing came in time.
+class MissingRanksError(TimeoutError):
+    """Some ranks sent nothing before the deadline.
 
     Attributes:
-        ranks: who.
+        ranks: the silent ranks.
         found: what came from the others, by rank.
     """
 
@@ -26,59 +27,60 @@ class MissingError(TimeoutError):
         self.found = found or {}
 
 
-class Quiet:
-    """What some ranks tell each other. All of it raises MissingError, and then MPI must not be finalized: what was
-    begun is still under way.
+class DeadlineComm:
+    """Collectives among some ranks, with a deadline.
+
+    Every method may raise MissingRanksError. MPI must not be finalized after that: messages are still under way.
     """
 
-    def __init__(self, members: Sequence[int], tag: int, deadline: float) -> None:
+    def __init__(self, ranks: Sequence[int], tag: int, deadline: float) -> None:
         """
         Args:
-            members: the ranks; the first of them is where all comes together.
-            tag: of all messages between them.
+            ranks: the members; the first one is the root.
+            tag: the MPI tag of all messages between them.
             deadline: as `time.monotonic` counts.
         """
-        self._members, self._tag, self._deadline = members, tag, deadline
+        self._ranks, self._tag, self._deadline = ranks, tag, deadline
         self._rank = MPI.COMM_WORLD.rank
         self._sent: list[MPI.Request] = []
 
     @property
-    def is_first(self) -> bool:
-        return self._rank == self._members[0]
+    def is_root(self) -> bool:
+        return self._rank == self._ranks[0]
 
     def gather(self, value: Any) -> dict[int, Any]:
-        """Collective: every member's value, by rank, on the first one; elsewhere nothing."""
-        if not self.is_first:
-            self._send(value, self._members[0])
+        """Collective: return every member's value, by rank, on the root; an empty dict elsewhere."""
+        if not self.is_root:
+            self._send(value, self._ranks[0])
             return {}
         found = {self._rank: value}
-        missing = list(self._members[1:])
+        missing = list(self._ranks[1:])
         while missing:
-            here = [rank for rank in missing if MPI.COMM_WORLD.iprobe(rank, self._tag)]
-            found.update((rank, MPI.COMM_WORLD.recv(source=rank, tag=self._tag)) for rank in here)
+            arrived = [rank for rank in missing if MPI.COMM_WORLD.iprobe(rank, self._tag)]
+            found.update((rank, MPI.COMM_WORLD.recv(source=rank, tag=self._tag)) for rank in arrived)
             missing = [rank for rank in missing if rank not in found]
-            if not here:
+            if not arrived:
                 self._sleep(missing, found)
         return found
 
-    def tell(self, value: Any = None) -> Any:
-        """Collective: the first one's value, on every member."""
-        first = self._members[0]
-        if self.is_first:
-            for rank in self._members[1:]:
+    def broadcast(self, value: Any = None) -> Any:
+        """Collective: return the root's value on every member."""
+        root = self._ranks[0]
+        if self.is_root:
+            for rank in self._ranks[1:]:
                 self._send(value, rank)
             return value
-        while not MPI.COMM_WORLD.iprobe(first, self._tag):
-            self._sleep([first])
-        return MPI.COMM_WORLD.recv(source=first, tag=self._tag)
+        while not MPI.COMM_WORLD.iprobe(root, self._tag):
+            self._sleep([root])
+        return MPI.COMM_WORLD.recv(source=root, tag=self._tag)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Collective: wait for every member."""
         self.gather(None)
-        self.tell()
+        self.broadcast()
 
-    def finish(self) -> None:
-        """Until what this rank has sent has left."""
+    def wait_for_sends(self) -> None:
+        """Wait until all messages of this rank have been sent."""
         for request in self._sent:
             while not request.test()[0]:
                 self._sleep([])
@@ -88,13 +90,13 @@ class Quiet:
 
     def _sleep(self, missing: Sequence[int], found: Mapping[int, Any] | None = None) -> None:
         if time.monotonic() > self._deadline:
-            raise MissingError(missing, found)
-        time.sleep(SECONDS_A_LOOK)
+            raise MissingRanksError(missing, found)
+        time.sleep(SECONDS_BETWEEN_POLLS)
 
 
-def spin(requests: Sequence[MPI.Request], other: int, deadline: float) -> None:
-    """Until all are done, as soon as can be. Raises MissingError."""
+def spin_until_done(requests: Sequence[MPI.Request], other: int, deadline: float) -> None:
+    """Wait for all `requests` without sleeping, for exact timing. Raises MissingRanksError."""
     while not MPI.Request.Testall(requests):
         if time.monotonic() > deadline:
-            raise MissingError([other])
+            raise MissingRanksError([other])
         os.sched_yield()

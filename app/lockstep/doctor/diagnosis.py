@@ -1,4 +1,4 @@
-"""All checks, in the order in which people want to read them."""
+"""Turn facts into findings: all checks, in the order in which they are reported."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from lockstep.doctor.facts import Facts
 from lockstep.doctor.findings import Finding, Status
 
 CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
-    software_checks.check_launcher_says_what_mpi_says,
-    job_checks.check_that_ranks_meet,
+    software_checks.check_launcher,
+    job_checks.check_ranks,
     software_checks.check_mpi,
     software_checks.check_horovod,
     software_checks.check_nccl,
-    software_checks.check_environment_is_shared,
+    software_checks.check_environment,
     software_checks.check_variables,
     node_checks.check_binding,
     node_checks.check_threads,
@@ -31,7 +31,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
 
 
 def diagnose(facts: Facts) -> list[Finding]:
-    """What all checks find. Pure: the same facts give the same findings."""
+    """Run all checks. Pure: the same facts give the same findings."""
     return [finding for check in CHECKS for finding in check(facts)]
 
 

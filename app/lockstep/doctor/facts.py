@@ -1,4 +1,4 @@
-"""What the doctor gathers, before anything is made of it. Sizes are in bytes, times in seconds, rates in bit/s."""
+"""The facts that the doctor's checks judge. Sizes are in bytes, times in seconds, rates in bit/s."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from lockstep.runtime.launcher import Launcher
 
 @dataclass(frozen=True)
 class Unknown:
-    """In place of a fact that could not be had.
+    """Stands in for a fact that could not be determined.
 
     Attributes:
-        why: for people.
+        why: the reason, for people.
     """
 
     why: str
@@ -21,10 +21,10 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node, as nvidia-smi lists it, in its order.
+    """One GPU of a node, as nvidia-smi lists it.
 
     Attributes:
-        used: memory that is taken already.
+        used: memory in use.
     """
 
     uuid: str
@@ -35,14 +35,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Libraries:
-    """What Horovod has loaded, in a process that imported torch before it, as a rank does.
+    """The libraries that a process loads which imports torch and then Horovod, as a rank does.
 
     Attributes:
-        mpi: the files that are MPI libraries.
-        nccl: the files that are NCCL.
-        nccl_built: NCCL's version code when Horovod was compiled, such as 23007 for 2.30.7; 0: without NCCL.
-        nccl_loaded: that of the one that was loaded; 0: none was.
-        seconds: how long it took.
+        mpi: paths of the MPI libraries.
+        nccl: paths of the NCCL libraries.
+        nccl_built: version code of the NCCL that Horovod was compiled with, such as 23007 for 2.30.7; 0: without NCCL.
+        nccl_loaded: version code of the NCCL that is loaded; 0: none.
+        seconds: how long loading took.
     """
 
     mpi: tuple[str, ...]
@@ -54,17 +54,17 @@ class Libraries:
 
 @dataclass(frozen=True)
 class Folder:
-    """How the folder for runs behaves, on one node.
+    """The folder for runs, as one node sees it.
 
     Attributes:
-        path: the folder, or the nearest one above it that is there.
-        kind: of file system, such as `nfs4`.
-        wrong: what does not work there; empty if all does.
-        fsync_seconds: what it takes until 1 MiB is safe.
-        has_locks: flock works.
-        free: for this user.
-        free_files: how many more files there may be; None where that is not limited.
-        clock_ahead: of the file server, against this node.
+        path: the folder, or its nearest parent that exists.
+        kind: the type of its file system, such as `nfs4`.
+        wrong: what does not work there; empty if everything does.
+        fsync_seconds: time to write and fsync 1 MiB.
+        has_locks: whether flock works.
+        free: space that this user can write.
+        free_files: how many more files can be created; None if that is not limited.
+        clock_ahead: how far the file server's clock is ahead of this node's.
     """
 
     path: str
@@ -79,16 +79,16 @@ class Folder:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What the first rank of a node finds out for all of them.
+    """Facts about a node, found by its first rank.
 
     Attributes:
-        mpi: the file that the system finds as mpi4py's MPI.
-        address: what the node's name resolves to.
+        mpi_library: path of the MPI library that the dynamic linker finds for mpi4py.
+        address: what the node's own name resolves to.
         shm: size and free space of /dev/shm.
-        infiniband: the rate of each active port of InfiniBand, or of what looks like it.
+        infiniband: the rate of each active port of InfiniBand, Omni-Path or RoCE.
     """
 
-    mpi: str | Unknown
+    mpi_library: str | Unknown
     gpus: Sequence[Gpu] | Unknown
     libraries: Libraries | Unknown
     folder: Folder | Unknown
@@ -99,12 +99,12 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Slurm:
-    """What Slurm says of this job, by its own names.
+    """What Slurm reports about this job, under Slurm's own names.
 
     Attributes:
-        job, config, partition: parts of `scontrol show`.
-        script: the batch script; empty where there is none.
-        mpi_types: what `srun --mpi=list` offers; empty if it did not say.
+        job, config, partition: fields of `scontrol show`.
+        script: the batch script; empty if there is none.
+        mpi_types: what `srun --mpi=list` offers; empty if unknown.
     """
 
     job: Mapping[str, str]
@@ -116,43 +116,43 @@ class Slurm:
 
 @dataclass(frozen=True)
 class LocalFacts:
-    """What one process finds out by itself, before MPI.
+    """Facts that one process finds by itself, before MPI starts.
 
     Attributes:
-        node: the name of its machine.
-        environment: those of its variables that matter here.
-        strangers: packages that Python finds elsewhere than in the environment, and where.
-        cpus: those that it may run on.
-        cores: the core of each of them.
-        num_cpus: those of the node that belong to this job.
-        limits: `ulimit -n`, `-l` (bytes) and `-u`; -1: none.
-        memory: what is left, for all ranks of the node.
-        of_node: None but for the first rank of each node.
-        slurm: None outside of a Slurm job, and but for the launcher's rank 0.
+        node: host name.
+        environment: the environment variables that the checks look at.
+        foreign_packages: packages that PYTHONPATH puts in front of the environment's own: name -> file.
+        cpus: the CPUs that this process may run on.
+        cores: the core of each of these CPUs.
+        num_cpus: how many CPUs of the node belong to this job.
+        limits: `ulimit -n`, `-l` (bytes) and `-u`; -1: unlimited.
+        memory: what is left for all ranks of the node together.
+        node_facts: set on the first rank of each node only.
+        slurm: set on the launcher's rank 0 in a Slurm job only.
     """
 
     node: str
     launcher: Launcher
     installation: Installation
     environment: Mapping[str, str]
-    strangers: Mapping[str, str]
+    foreign_packages: Mapping[str, str]
     cpus: Cpus
     cores: Mapping[int, Core]
     num_cpus: int
     limits: Mapping[str, int]
     memory: int
-    of_node: NodeFacts | None
+    node_facts: NodeFacts | None
     slurm: Slurm | Unknown | None
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What MPI told one process, and which MPI that is.
+class MpiFacts:
+    """A process's rank and size, and the MPI library that reported them.
 
     Attributes:
         version: of the library that is loaded, such as `Open MPI v5.0.11`.
-        built_with: the one that mpi4py was compiled with, such as `Open MPI 5.0.11`.
-        files: the files that are MPI libraries.
+        built_with: what mpi4py was compiled with, such as `Open MPI 5.0.11`.
+        files: paths of the loaded MPI libraries.
     """
 
     rank: int
@@ -165,16 +165,16 @@ class Joined:
 @dataclass(frozen=True)
 class RankFacts:
     local: LocalFacts
-    joined: Joined
+    mpi: MpiFacts
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one rank computes while all do.
+    """How fast one rank computes while all ranks compute.
 
     Attributes:
-        flops: for each second that it had a core.
-        core_share: of the time it had one; 1.0 for all of it.
+        flops: floating-point operations per second of CPU time.
+        core_share: CPU time / wall time; 1.0 for a core of its own.
     """
 
     flops: float
@@ -183,7 +183,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Clock:
-    """A node's clock, ahead of that of rank 0's node by so much, give or take `error`."""
+    """How far a node's clock is ahead of that of rank 0's node, within `error`; in seconds."""
 
     ahead: float
     error: float
@@ -191,11 +191,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Link:
-    """Between two ranks, by name of their nodes.
+    """The connection between two ranks, by the names of their nodes.
 
     Attributes:
-        latency: one way; None if nothing came through.
-        rate: one way; 0 if nothing came through.
+        latency: one way; None if no message came through.
+        rate: one way; 0 if no message came through.
     """
 
     first: str
@@ -206,13 +206,13 @@ class Link:
 
 @dataclass(frozen=True)
 class View:
-    """What one node saw of files that another one wrote.
+    """When one node saw files that another node wrote to the shared folder.
 
     Attributes:
-        node: who looked.
-        writer: who wrote.
-        new_after: until a new file was seen; None: never.
-        replaced_after: until it was seen to be replaced; None: never.
+        node: the node that read.
+        writer: the node that wrote.
+        new_after: seconds until a new file was visible; None: never.
+        replaced_after: seconds until its replacement was visible; None: never.
     """
 
     node: str
@@ -223,23 +223,23 @@ class View:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything.
+    """All facts about a job, as the reporting process has them.
 
     Attributes:
-        local: of the process that speaks.
-        joined: the same; None if MPI did not start there.
-        ranks: what came together, by rank; the speaker alone if nothing did.
-        missing: the ranks that did not come.
-        trouble: what the ranks were at when they had to be given up, and what was said; empty if they were not.
+        local: of the reporting process.
+        mpi: of the reporting process; None if MPI did not start there.
+        ranks: facts of every rank that answered.
+        missing: the ranks that did not answer in time.
+        trouble: what went wrong between the ranks, and during which step; empty if nothing did.
         speeds: by rank.
         clocks: by node, without rank 0's.
-        links: between pairs of nodes, or of two ranks where there is one node.
+        links: between pairs of nodes; on a single node, between two of its ranks.
         views: of the shared folder.
-        can_be_left: nothing is under way between the ranks any more.
+        can_finalize: whether no message is left under way, so that MPI can be finalized.
     """
 
     local: LocalFacts
-    joined: Joined | None
+    mpi: MpiFacts | None
     ranks: Mapping[int, RankFacts] = field(default_factory=dict)
     missing: Sequence[int] = ()
     trouble: str = ""
@@ -247,26 +247,26 @@ class Facts:
     clocks: Mapping[str, Clock] | None = None
     links: Sequence[Link] | None = None
     views: Sequence[View] | None = None
-    can_be_left: bool = True
+    can_finalize: bool = True
 
     @property
     def launcher(self) -> Launcher:
         return self.local.launcher
 
     @property
-    def locals(self) -> dict[int, LocalFacts]:
-        """By rank; the speaker as rank 0 where no other is known."""
+    def local_facts(self) -> dict[int, LocalFacts]:
+        """By rank; if no rank answered, those of the reporting process as rank 0."""
         return {rank: facts.local for rank, facts in self.ranks.items()} or {0: self.local}
 
     @property
     def nodes(self) -> dict[str, list[int]]:
-        """The ranks of each node, in the order of their first ones."""
+        """The ranks of each node, in the order of each node's first rank."""
         found: dict[str, list[int]] = {}
-        for rank, local in sorted(self.locals.items()):
+        for rank, local in sorted(self.local_facts.items()):
             found.setdefault(local.node, []).append(rank)
         return found
 
     @property
-    def of_nodes(self) -> dict[str, NodeFacts]:
-        """Of each node of which a rank has told."""
-        return {local.node: local.of_node for local in self.locals.values() if local.of_node}
+    def facts_by_node(self) -> dict[str, NodeFacts]:
+        """Facts of every node whose first rank answered."""
+        return {local.node: local.node_facts for local in self.local_facts.values() if local.node_facts}

@@ -1,4 +1,4 @@
-"""Work in a process of its own, with a deadline: whatever hangs there (MPI, a file system) hangs without us."""
+"""Run a task in a forked process with a deadline, so that a hanging MPI or file system cannot block the caller."""
 
 import ctypes
 import os
@@ -12,52 +12,55 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-LAST_WORDS_BYTES = 2000
+LAST_OUTPUT_BYTES = 2000
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Aside:
-    """A forked copy of this process that is at one task, and with which it exchanges objects.
+class ForkedProbe:
+    """A forked copy of this process that runs one task and exchanges objects with this one over a pipe.
 
-    It is made before this process has threads. It keeps open what it has inherited (Hydra and srun tell a process its
-    rank through a descriptor), but has no part in this process's output: a launcher waits for all who hold that.
+    Create it before this process has threads. The child keeps all inherited file descriptors open (Hydra and srun tell
+    a process its rank through one) except standard output and error: a launcher waits until these are closed.
     """
 
     def __init__(self, task: Callable[[Connection], object]) -> None:
         """
         Args:
-            task: is given the other end of the line.
+            task: gets the child's end of the pipe.
         """
-        self._line, its_line = Pipe()
+        self._connection, child_connection = Pipe()
         self._stderr = os.memfd_create("stderr")
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
-            _work(task, its_line, self._stderr)
-        its_line.close()
+            _run(task, child_connection, self._stderr)
+        child_connection.close()
 
     def receive(self, seconds: float) -> Any:
-        """The next object that it sends.
+        """Return the next object that the child sends.
 
         Raises:
-            TimeoutError: none came in time.
-            EOFError: it has ended.
+            TimeoutError: none came within `seconds`.
+            EOFError: the child has ended.
         """
-        if not self._line.poll(max(0.0, seconds)):
+        if not self._connection.poll(max(0.0, seconds)):
             raise TimeoutError
-        return self._line.recv()
+        return self._connection.recv()
 
     def send(self, value: object) -> None:
-        """Raises OSError if it has ended."""
-        self._line.send(value)
+        """Send `value` to the child. Raises OSError if it has ended."""
+        self._connection.send(value)
 
-    def last_words(self) -> str:
-        """The end of what it has written to standard error."""
+    def last_output(self) -> str:
+        """The end of the child's standard error."""
         size = os.fstat(self._stderr).st_size
-        return os.pread(self._stderr, LAST_WORDS_BYTES, max(0, size - LAST_WORDS_BYTES)).decode(errors="replace")
+        return os.pread(self._stderr, LAST_OUTPUT_BYTES, max(0, size - LAST_OUTPUT_BYTES)).decode(errors="replace")
 
     def end(self, seconds: float = 0.0) -> None:
-        """Kill it, if it does not end in time. One that waits for a disk cannot be killed, and is left to itself."""
+        """Wait `seconds` for the child to end, then kill it.
+
+        A child that is blocked in disk I/O cannot be killed; it is not waited for.
+        """
         deadline = time.monotonic() + seconds
         with suppress(ChildProcessError):
             while os.waitpid(self._pid, os.WNOHANG)[0] == 0:
@@ -65,21 +68,21 @@ class Aside:
                     os.kill(self._pid, signal.SIGKILL)
                     break
                 time.sleep(0.005)
-        self._line.close()
+        self._connection.close()
 
 
-def _work(task: Callable[[Connection], object], line: Connection, stderr: int) -> NoReturn:
+def _run(task: Callable[[Connection], object], connection: Connection, stderr: int) -> NoReturn:
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the one that asked
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # end together with the parent
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(stderr, 2)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        task(line)
+        task(connection)
     except BaseException:
-        # Not by sys.excepthook, which ends the whole job once MPI is there.
+        # Not sys.excepthook: once MPI is started, it aborts the whole job.
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(0)

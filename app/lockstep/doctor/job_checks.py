@@ -1,45 +1,45 @@
-"""Checks of what only the ranks together show: that they meet, how fast each is, clocks, links, what they see."""
+"""Check what only the ranks together can show: that all answer, their speed, clocks, links, and the shared folder."""
 
 import statistics
 from collections.abc import Sequence
 
 from lockstep.doctor.facts import Facts, Link
-from lockstep.doctor.findings import Finding, fault, ok, warning
+from lockstep.doctor.findings import Finding, count, duration, fault, median_of_others, ok, rate, some_of, warning
 from lockstep.doctor.folder import SECONDS_TO_SEE
-from lockstep.doctor.formatting import count, duration, median_of_others, rate, some_of
 
 SLOW_CORES, VERY_SLOW_CORES = 0.85, 0.6  # of the other nodes' speed
 BUSY, VERY_BUSY = 0.6, 0.3  # of the other nodes' share of their cores
-CLOCK_AHEAD, CLOCK_FAR_AHEAD = 0.2, 2.0  # seconds: records of ranks are compared; files seem to come from the future
-SLOW_RATE = 0.4e9  # bit/s: less than half of the slowest network that is in use
+# In seconds: logs of ranks are compared by time, and files may seem to come from the future.
+CLOCK_AHEAD, CLOCK_FAR_AHEAD = 0.2, 2.0
+SLOW_RATE = 0.4e9  # bit/s: less than half of Gigabit Ethernet
 SLOW_LATENCY = 1e-3
 SLOWER_THAN_OTHERS = 0.5
 SHARE_OF_INFINIBAND = 0.1
 SLOW_VIEW = 0.5
 
 
-def check_that_ranks_meet(facts: Facts) -> list[Finding]:
-    """MPI starts, all ranks come, and what they do together ends."""
+def check_ranks(facts: Facts) -> list[Finding]:
+    """MPI starts, all ranks answer, and the measurements between them end."""
     seen = f"{count(len(facts.ranks), 'rank')} on {count(len(facts.nodes), 'node')}"
-    if facts.joined is None:
+    if facts.mpi is None:
         what = f"{facts.local.node}: MPI does not start: {facts.trouble}"
         fix = "start it as below; on a login node, in an allocation; see the messages of MPI and of the launcher"
         return [fault("ranks", what, fix)]
     if facts.missing:
         named = {facts.ranks[rank].local.node for rank in facts.missing if rank in facts.ranks}
         where = f"{some_of(sorted(named))}: " if named else ""
-        which = f"{count(len(facts.missing), 'rank')} of {facts.joined.size}, the first is {facts.missing[0]}"
+        which = f"{count(len(facts.missing), 'rank')} of {facts.mpi.size}, the first is {facts.missing[0]}"
         hosts = facts.local.environment.get("SLURM_JOB_NODELIST")
         others = f"the nodes other than {some_of(facts.nodes)}" + (f", of {hosts}" if hosts else "")
         fix = f"look at {some_of(sorted(named)) or others}: processes, network, file system"
         return [fault("ranks", f"{where}no answer in time from {which}; {facts.trouble}", fix)]
     if facts.trouble:
-        return [fault("ranks", f"they meet, but {facts.trouble}", "look at the network between the nodes")]
+        return [fault("ranks", f"all ranks answered, but {facts.trouble}", "look at the network between the nodes")]
     return [ok("ranks", f"{seen} found each other" if len(facts.ranks) > 1 else "MPI starts")]
 
 
 def check_speeds(facts: Facts) -> list[Finding]:
-    """No node computes more slowly than the others: in training, all would wait for it."""
+    """No node computes more slowly than the others: in training, all ranks would wait for it."""
     speeds, found = facts.speeds or {}, []
     nodes = {name: [speeds[rank] for rank in ranks if rank in speeds] for name, ranks in facts.nodes.items()}
     nodes = {name: of_ranks for name, of_ranks in nodes.items() if of_ranks}
@@ -52,16 +52,16 @@ def check_speeds(facts: Facts) -> list[Finding]:
             break
         slower = flops[index] / median_of_others(flops, index)
         if slower < SLOW_CORES:
-            judge = fault if slower < VERY_SLOW_CORES else warning
+            make_finding = fault if slower < VERY_SLOW_CORES else warning
             what = f"{name} is slow: its cores do {slower:.0%} of what those of the other nodes do"
             fix = f"leave it out (--exclude={name}); look at its clock rate, temperature and power limit"
-            found.append(judge("speed", what, fix))
+            found.append(make_finding("speed", what, fix))
         busier = shares[index] / median_of_others(shares, index)
         if busier < BUSY:
-            judge = fault if busier < VERY_BUSY else warning
+            make_finding = fault if busier < VERY_BUSY else warning
             what = f"{name} is slow: its ranks get {busier:.0%} of the time on a core that others get"
             fix = f"see what else computes on {name} (top), or leave it out (--exclude={name})"
-            found.append(judge("speed", what, fix))
+            found.append(make_finding("speed", what, fix))
     if not found:
         found += _judge_load(facts, list(nodes), shares)
     typical = statistics.median(flops) / 1e9
@@ -69,15 +69,18 @@ def check_speeds(facts: Facts) -> list[Finding]:
 
 
 def check_clocks(facts: Facts) -> list[Finding]:
+    """All nodes' clocks agree with that of rank 0's node."""
     clocks = facts.clocks or {}
     found = []
     for name, clock in clocks.items():
         ahead = max(0.0, abs(clock.ahead) - clock.error)
         if ahead > CLOCK_AHEAD:
-            judge = fault if ahead > CLOCK_FAR_AHEAD else warning
+            make_finding = fault if ahead > CLOCK_FAR_AHEAD else warning
             first = next(iter(facts.nodes))
             what = f"{name} is {duration(abs(clock.ahead))} {'ahead of' if clock.ahead > 0 else 'behind'} {first}"
-            found.append(judge("clocks", what, f"let all nodes keep time: systemctl restart chronyd on {name}"))
+            found.append(
+                make_finding("clocks", what, f"synchronise the nodes' clocks: systemctl restart chronyd on {name}")
+            )
     if clocks and not found:
         worst = max(abs(clock.ahead) for clock in clocks.values())
         return [ok("clocks", f"of {count(len(clocks) + 1, 'node')}, at most {duration(worst)} apart")]
@@ -85,7 +88,7 @@ def check_clocks(facts: Facts) -> list[Finding]:
 
 
 def check_links(facts: Facts) -> list[Finding]:
-    """Each pair of nodes has a link that is worth the name, and none falls behind the others."""
+    """Messages pass between all measured pairs of nodes, by InfiniBand where there is any, and no link is slow."""
     links = facts.links or []
     if not links:
         return []
@@ -109,7 +112,7 @@ def check_links(facts: Facts) -> list[Finding]:
 
 
 def check_views(facts: Facts) -> list[Finding]:
-    """What one node writes to the shared folder, the others see, at once."""
+    """All nodes see at once what one node writes to the shared folder."""
     for view in facts.views or []:
         fix = "name a folder on a disk that all nodes share: --folder DIR here, --run_dir for a run"
         if view.new_after is None:
@@ -129,10 +132,10 @@ def check_views(facts: Facts) -> list[Finding]:
 
 
 def _judge_load(facts: Facts, nodes: Sequence[str], shares: Sequence[float]) -> list[Finding]:
-    """The machine is not theirs alone: ranks get less of a core than they would if they were by themselves."""
+    """Warn if other programs compute on a node: ranks get less of a core than they would without them."""
     for name, share in zip(nodes, shares, strict=True):
         ranks = facts.nodes[name]
-        num_cpus = len(frozenset().union(*(facts.locals[rank].cpus for rank in ranks)))
+        num_cpus = len(frozenset().union(*(facts.local_facts[rank].cpus for rank in ranks)))
         expected = min(1.0, num_cpus / len(ranks))
         if share < BUSY * expected:
             what = (
@@ -143,16 +146,19 @@ def _judge_load(facts: Facts, nodes: Sequence[str], shares: Sequence[float]) -> 
 
 
 def _slower_than_others(facts: Facts, links: Sequence[Link]) -> list[Finding]:
-    """A node most of whose links are slow; else the single links that are."""
+    """Name the node most of whose links are slow; otherwise, each slow link."""
     if len(links) < 3:
         return []
     rates = sorted(link.rate for link in links)
-    typical = rates[3 * len(rates) // 4]  # of 3 or 4 nodes, one that is slow has half of the links, or more
+    # The upper quartile: with 3 or 4 nodes, half of the links or more may lead to one slow node.
+    typical = rates[3 * len(rates) // 4]
     slow = [link for link in links if link.rate < SLOWER_THAN_OTHERS * typical]
     fix = "leave it out (--exclude), and look at its network card, cable and switch port (ethtool, ibstat)"
-    best = {name: max((link.rate for link in _of(name, links)), default=0.0) for name in facts.nodes}
-    worst = max(facts.nodes, key=lambda name: (len(_of(name, slow)) / max(1, len(_of(name, links))), -best[name]))
-    if len(_of(worst, slow)) > 1 and 2 * len(_of(worst, slow)) > len(_of(worst, links)):
+    best = {name: max((link.rate for link in _links_of(name, links)), default=0.0) for name in facts.nodes}
+    worst = max(
+        facts.nodes, key=lambda name: (len(_links_of(name, slow)) / max(1, len(_links_of(name, links))), -best[name])
+    )
+    if len(_links_of(worst, slow)) > 1 and 2 * len(_links_of(worst, slow)) > len(_links_of(worst, links)):
         what = f"{worst} has a slow link: {rate(best[worst])} at best, and {rate(typical)} is typical here"
         return [fault("links", what, fix)]
     if slow:
@@ -162,7 +168,7 @@ def _slower_than_others(facts: Facts, links: Sequence[Link]) -> list[Finding]:
 
 
 def _slow(links: Sequence[Link]) -> list[Finding]:
-    """By themselves, without others to compare with."""
+    """Judge each link on its own, without comparing it with the others."""
     fix = "look whether MPI uses the network that you mean (OMPI_MCA_btl_tcp_if_include, UCX_NET_DEVICES)"
     if slow := [link for link in links if link.rate < SLOW_RATE]:
         return [fault("links", f"{_between(slow)}: {_describe(slow[0])}, less than half of Gigabit Ethernet", fix)]
@@ -171,14 +177,14 @@ def _slow(links: Sequence[Link]) -> list[Finding]:
     return []
 
 
-def _of(node: str, links: Sequence[Link]) -> list[Link]:
+def _links_of(node: str, links: Sequence[Link]) -> list[Link]:
     return [link for link in links if node in (link.first, link.second)]
 
 
 def _infiniband_between(facts: Facts, link: Link) -> float:
     """The rate of the InfiniBand that both nodes have; 0 if they do not."""
-    rates = [facts.of_nodes[name].infiniband.values() for name in (link.first, link.second) if name in facts.of_nodes]
-    return min((max(of_node, default=0.0) for of_node in rates), default=0.0)
+    nodes = [facts.facts_by_node[name] for name in (link.first, link.second) if name in facts.facts_by_node]
+    return min((max(node.infiniband.values(), default=0.0) for node in nodes), default=0.0)
 
 
 def _between(links: Sequence[Link]) -> str:

@@ -1,12 +1,11 @@
-"""Checks of what each node gives its ranks: cores, GPUs, memory, limits, a name, the shared folder."""
+"""Check what each node gives its ranks: cores, GPUs, memory, limits, its name, the folder for runs."""
 
 from lockstep.doctor.facts import Facts, Folder, Gpu, LocalFacts, Unknown
-from lockstep.doctor.findings import Finding, fault, ok, warning
-from lockstep.doctor.formatting import GIB, MIB, count, duration, size
+from lockstep.doctor.findings import GIB, MIB, Finding, count, duration, fault, ok, size, warning
 from lockstep.runtime.affinity import Cpus, choose_gpus, format_cpus, share_cores
 
-MEMORY_A_RANK = 1 * GIB  # an empty program with torch and Horovod takes 350 MiB, the reference network's training 700
-SHM_A_RANK = 64 * MIB  # MPI's messages between the ranks of a node, NCCL's, and workers of a data loader
+MEMORY_PER_RANK = 1 * GIB  # importing torch and Horovod takes 350 MiB, training the reference network 700 MiB
+SHM_PER_RANK = 64 * MIB  # used by MPI and NCCL between the ranks of a node, and by data loader workers
 MEMLOCK = 64 * MIB  # below it, InfiniBand cannot register its buffers
 OPEN_FILES, FEW_OPEN_FILES = 256, 1024
 PROCESSES = 1024
@@ -14,66 +13,69 @@ FREE, LITTLE_FREE = 256 * MIB, 4 * GIB
 FREE_FILES = 1000
 SLOW_FSYNC, CLOCK_OF_SERVER = 1.0, 2.0
 GPU_IN_USE = 0.1
-UNBOUND = "unbound"  # an option of the launch line: the launcher shall bind no rank to a core
+UNBOUND = "unbound"  # an option of the launch line: the launcher must not bind ranks to cores
 
 
 def check_binding(facts: Facts) -> list[Finding]:
-    """Ranks have cores of their own, as far as there are any; as Lockstep will divide what the launcher left them."""
+    """Each rank has cores of its own, after Lockstep has divided the CPUs that the launcher gives to a node's ranks."""
     found: dict[str, Finding] = {}
     for node, ranks in facts.nodes.items():
-        locals_ = [facts.locals[rank] for rank in ranks]
+        local_facts = [facts.local_facts[rank] for rank in ranks]
         shares = share_cores(
-            [local.cpus for local in locals_], {cpu: core for local in locals_ for cpu, core in local.cores.items()}
+            [local.cpus for local in local_facts],
+            {cpu: core for local in local_facts for cpu, core in local.cores.items()},
         )
         used: Cpus = frozenset().union(*shares)
-        num_cpus = max(len(used), locals_[0].num_cpus)
+        num_cpus = max(len(used), local_facts[0].num_cpus)
         idle = num_cpus - len(used)
-        places = f"{count(len(ranks), 'rank')} on CPU {format_cpus(sorted(used))} of {num_cpus}"
-        stacked = [share for index, share in enumerate(shares) if share & frozenset().union(*shares[:index])]
-        if stacked and idle:
-            what = f"{places}: ranks share CPU {format_cpus(sorted(stacked[0]))}, and {count(idle, 'CPU')} idle"
-            fix = "let the launcher bind nothing, Lockstep does it itself; and start it without taskset or numactl"
+        placement = f"{count(len(ranks), 'rank')} on CPU {format_cpus(sorted(used))} of {num_cpus}"
+        shared = [share for index, share in enumerate(shares) if share & frozenset().union(*shares[:index])]
+        if shared and idle:
+            what = f"{placement}: ranks share CPU {format_cpus(sorted(shared[0]))}, and {count(idle, 'CPU')} idle"
+            fix = "let the launcher bind nothing, since Lockstep does, and start it without taskset or numactl"
             found.setdefault(what, fault("binding", f"{node}: {what}", fix, options=(UNBOUND,)))
         elif idle > len(used):
-            what = f"{places}: most of the node idles"
+            what = f"{placement}: most of the node idles"
             fix = "let the launcher bind nothing, or give each rank more: --cpus-per-task"
             found.setdefault(what, warning("binding", f"{node}: {what}", fix, options=(UNBOUND,)))
         elif len(ranks) > len(used):
-            what = f"{places}: more ranks than CPUs, and each waits for all"
+            what = f"{placement}: more ranks than CPUs"
             found.setdefault(what, warning("binding", f"{node}: {what}", "start no more ranks than there are CPUs"))
         else:
-            found.setdefault(places, ok("binding", f"{node}: {places}"))
+            found.setdefault(placement, ok("binding", f"{node}: {placement}"))
     return list(found.values())
 
 
 def check_threads(facts: Facts) -> list[Finding]:
-    """OMP_NUM_THREADS, if it is set, does not ask for more threads than there are CPUs."""
+    """OMP_NUM_THREADS, if set, asks for no more threads than there are CPUs."""
     for node, ranks in facts.nodes.items():
-        locals_ = [facts.locals[rank] for rank in ranks]
-        threads = [local.environment.get("OMP_NUM_THREADS", "").split(",")[0] for local in locals_]
+        local_facts = [facts.local_facts[rank] for rank in ranks]
+        threads = [local.environment.get("OMP_NUM_THREADS", "").split(",")[0] for local in local_facts]
         num_threads = sum(int(number) for number in threads if number.isdigit())
-        num_cpus = len(frozenset().union(*(local.cpus for local in locals_)))
+        num_cpus = len(frozenset().union(*(local.cpus for local in local_facts)))
         if num_threads > max(num_cpus, len(ranks)):
             what = f"{node}: OMP_NUM_THREADS asks for {num_threads} threads in all, on {count(num_cpus, 'CPU')}"
             fix = "unset it: Lockstep gives each rank a thread for each of its cores"
             return [warning("threads", what, fix, unset=("OMP_NUM_THREADS",))]
-    return [ok("threads", "no more than CPUs")]
+    return [ok("threads", "no more threads than CPUs")]
 
 
 def check_gpus(facts: Facts) -> list[Finding]:
-    """Each rank gets a GPU of its own where there are GPUs, and each GPU a rank."""
+    """Where there are GPUs, each rank has one of its own, and no GPU idles."""
     found = []
     num_gpus = 0
     for node, ranks in facts.nodes.items():
-        of_node = facts.of_nodes.get(node)
-        if of_node is None or isinstance(of_node.gpus, Unknown):
+        node_facts = facts.facts_by_node.get(node)
+        if node_facts is None or isinstance(node_facts.gpus, Unknown):
             what = (
-                f"{node}: {of_node.gpus.why}" if of_node and isinstance(of_node.gpus, Unknown) else f"{node}: not seen"
+                f"{node}: {node_facts.gpus.why}"
+                if node_facts and isinstance(node_facts.gpus, Unknown)
+                else f"{node}: not seen"
             )
             found.append(warning("GPUs", what, "look at nvidia-smi there"))
             continue
-        gpus = list(of_node.gpus)
-        visible = [[gpu.uuid for gpu in visible_gpus(gpus, facts.locals[rank])] for rank in ranks]
+        gpus = list(node_facts.gpus)
+        visible = [[gpu.uuid for gpu in visible_gpus(gpus, facts.local_facts[rank])] for rank in ranks]
         chosen = [
             seen[index] if index is not None else None
             for seen, index in zip(visible, choose_gpus(visible), strict=True)
@@ -87,7 +89,7 @@ def check_gpus(facts: Facts) -> list[Finding]:
 
 
 def visible_gpus(gpus: list[Gpu], local: LocalFacts) -> list[Gpu]:
-    """Those of a node's GPUs that CUDA shows to a process."""
+    """Those of a node's GPUs that a process sees, by its CUDA_VISIBLE_DEVICES."""
     wanted = local.environment.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return gpus
@@ -95,49 +97,54 @@ def visible_gpus(gpus: list[Gpu], local: LocalFacts) -> list[Gpu]:
     for name in filter(None, wanted.split(",")):
         by_name = [gpu for index, gpu in enumerate(gpus) if name == str(index) or gpu.uuid.startswith(name)]
         if not by_name:
-            break  # CUDA stops at the first one that it does not know
+            break  # CUDA ignores everything after the first unknown entry
         seen.append(by_name[0])
     return seen
 
 
 def check_memory(facts: Facts) -> list[Finding]:
-    lefts = {}
+    """Each node has enough memory for its ranks."""
+    left_of_nodes = {}
     for node, ranks in facts.nodes.items():
-        left = min(facts.locals[rank].memory for rank in ranks)
-        lefts[node] = left
-        if left < MEMORY_A_RANK * len(ranks):
+        left = min(facts.local_facts[rank].memory for rank in ranks)
+        left_of_nodes[node] = left
+        if left < MEMORY_PER_RANK * len(ranks):
             what = f"{node}: {size(left)} are left for {count(len(ranks), 'rank')}"
-            fix = "ask for more memory (--mem), start fewer ranks there, or end what else takes it"
-            judge = fault if left < MEMORY_A_RANK * len(ranks) / 2 else warning
-            return [judge("memory", what, fix)]
-    least = min(lefts, key=lambda node: lefts[node])
-    return [ok("memory", f"{size(lefts[least])} or more are left on each node")]
+            fix = "ask for more memory (--mem), start fewer ranks there, or end other programs"
+            make_finding = fault if left < MEMORY_PER_RANK * len(ranks) / 2 else warning
+            return [make_finding("memory", what, fix)]
+    return [ok("memory", f"{size(min(left_of_nodes.values()))} or more are left on each node")]
 
 
 def check_shared_memory(facts: Facts) -> list[Finding]:
-    for node, of_node in facts.of_nodes.items():
-        if isinstance(of_node.shm, Unknown):
-            return [fault("/dev/shm", f"{node}: {of_node.shm.why}", "mount a tmpfs there")]
-        total, free = of_node.shm
+    """/dev/shm has enough free space for each node's ranks."""
+    for node, node_facts in facts.facts_by_node.items():
+        if isinstance(node_facts.shm, Unknown):
+            return [fault("/dev/shm", f"{node}: {node_facts.shm.why}", "mount a tmpfs there")]
+        total, free = node_facts.shm
         ranks = len(facts.nodes[node])
-        need = SHM_A_RANK * ranks
+        need = SHM_PER_RANK * ranks
         if free < need:
             what = f"{node}: {size(free)} of {size(total)} are free, and {count(ranks, 'rank')} must have {size(need)}"
             larger = f"docker run --shm-size={max(1, 2 * need // GIB)}g, or mount -o remount,size=50% /dev/shm"
             return [fault("/dev/shm", what, "remove what earlier runs left there" if total > 2 * need else larger)]
-    frees = [of_node.shm[1] for of_node in facts.of_nodes.values() if not isinstance(of_node.shm, Unknown)]
+    frees = [
+        node_facts.shm[1] for node_facts in facts.facts_by_node.values() if not isinstance(node_facts.shm, Unknown)
+    ]
     return [ok("/dev/shm", f"{size(min(frees))} or more are free on each node")] if frees else []
 
 
 def check_limits(facts: Facts) -> list[Finding]:
-    """`ulimit`: of open files, of locked memory where there is InfiniBand, of processes."""
+    """The limits of `ulimit` are high enough: open files, locked memory (for InfiniBand) and processes."""
     found = []
     for local in _one_of_each_node(facts):
         files, locked, processes = (local.limits[name] if local.limits[name] >= 0 else 1 << 62 for name in "nlu")
         if files < FEW_OPEN_FILES:
-            judge = fault if files < OPEN_FILES else warning
-            found.append(judge("limits", f"{local.node}: {files} open files at most (ulimit -n)", "ulimit -n 4096"))
-        if local.of_node and local.of_node.infiniband and locked < MEMLOCK:
+            make_finding = fault if files < OPEN_FILES else warning
+            found.append(
+                make_finding("limits", f"{local.node}: {files} open files at most (ulimit -n)", "ulimit -n 4096")
+            )
+        if local.node_facts and local.node_facts.infiniband and locked < MEMLOCK:
             what = f"{local.node}: {size(locked)} of locked memory at most (ulimit -l), too little for InfiniBand"
             found.append(
                 fault("limits", what, "ulimit -l unlimited, by the administrator; in Slurm, LimitMEMLOCK of slurmd")
@@ -151,19 +158,19 @@ def check_limits(facts: Facts) -> list[Finding]:
 
 
 def check_names(facts: Facts) -> list[Finding]:
-    """A node knows its own name, which libraries look up to find a network."""
-    for node, of_node in facts.of_nodes.items():
-        if isinstance(of_node.address, Unknown):
-            what = f"{node} does not know its own name: {of_node.address.why}"
+    """Each node can resolve its own name, which libraries do to choose a network interface."""
+    for node, node_facts in facts.facts_by_node.items():
+        if isinstance(node_facts.address, Unknown):
+            what = f"{node} does not know its own name: {node_facts.address.why}"
             return [warning("names", what, f"add it to /etc/hosts there: ADDRESS {node}")]
     return [ok("names", "each node resolves its own")]
 
 
 def check_folder(facts: Facts) -> list[Finding]:
-    """Runs can be written, whole, and with room left."""
+    """The folder for runs supports what checkpoints need, and has space left."""
     found = []
-    for node, of_node in facts.of_nodes.items():
-        folder = of_node.folder
+    for node, node_facts in facts.facts_by_node.items():
+        folder = node_facts.folder
         if isinstance(folder, Unknown):
             fix = "look whether its file server answers; name another folder: --folder DIR here, --run_dir for a run"
             found.append(fault("folder", f"{node}: the folder for runs is stuck: {folder.why}", fix))
@@ -171,13 +178,19 @@ def check_folder(facts: Facts) -> list[Finding]:
             found += _judge_folder(node, folder)
         if found:
             return found
-    folders = [of_node.folder for of_node in facts.of_nodes.values() if isinstance(of_node.folder, Folder)]
+    folders = [
+        node_facts.folder for node_facts in facts.facts_by_node.values() if isinstance(node_facts.folder, Folder)
+    ]
     slowest = max(folders, key=lambda folder: folder.fsync_seconds)
     what = f"{slowest.path} ({slowest.kind}): {size(slowest.free)} free, rename and lock work, 1 MiB is safe in"
     return [ok("folder", f"{what} {duration(slowest.fsync_seconds)}")]
 
 
 def _judge_gpus(node: str, ranks: list[int], gpus: list[Gpu], chosen: list[str | None]) -> list[Finding]:
+    """
+    Args:
+        chosen: the UUID of the GPU that each of `ranks` will use; None: no GPU.
+    """
     found = []
     taken = [uuid for uuid in chosen if uuid]
     fix = f"start one rank for each GPU, {len(gpus)} on {node}; or none at all on GPUs: CUDA_VISIBLE_DEVICES="
@@ -203,8 +216,10 @@ def _judge_folder(node: str, folder: Folder) -> list[Finding]:
     if folder.wrong:
         return [fault("folder", f"{name}: {folder.wrong}", elsewhere)]
     if folder.free < LITTLE_FREE:
-        judge = fault if folder.free < FREE else warning
-        found.append(judge("folder", f"{name}: only {size(folder.free)} free", f"remove old runs, or {elsewhere}"))
+        make_finding = fault if folder.free < FREE else warning
+        found.append(
+            make_finding("folder", f"{name}: only {size(folder.free)} free", f"remove old runs, or {elsewhere}")
+        )
     if folder.free_files is not None and folder.free_files < FREE_FILES:
         what = f"{name}: only {folder.free_files} more files may be made"
         found.append(fault("folder", what, f"remove old runs, or {elsewhere}"))
@@ -216,9 +231,9 @@ def _judge_folder(node: str, folder: Folder) -> list[Finding]:
         found.append(warning("folder", what, elsewhere))
     if abs(folder.clock_ahead) > CLOCK_OF_SERVER:
         what = f"{name}: its server's clock and the node's are {duration(abs(folder.clock_ahead))} apart"
-        found.append(warning("folder", what, "let both keep time (chrony)"))
+        found.append(warning("folder", what, "synchronise both clocks (chrony)"))
     return found
 
 
 def _one_of_each_node(facts: Facts) -> list[LocalFacts]:
-    return [facts.locals[ranks[0]] for ranks in facts.nodes.values()]
+    return [facts.local_facts[ranks[0]] for ranks in facts.nodes.values()]

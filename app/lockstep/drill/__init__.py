@@ -1,1 +1,1 @@
-"""Faults that are really injected into a real job, and what must come of each: for lockstep drill."""
+"""What `lockstep drill` and `lockstep verify --resume` are made of: real faults in real jobs, and their results."""

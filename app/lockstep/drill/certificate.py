@@ -1,13 +1,13 @@
-"""Certifies that a run which is killed and goes on is the run that never stopped. Starts its own ranks.
+"""Certifies that a run which is killed and resumed equals one that never stopped. Starts its own ranks.
 
     env/run lockstep verify --resume                                two ranks, one kill
     env/run lockstep verify --resume --ranks 2,3,1                  another number of ranks after each kill
     env/run lockstep verify --resume --ranks 3,3 -- --optimizer.name adam
 
-Everything after -- is a setting of app/train.py. The reference runs without a stop on the first number of ranks. The
-other run has every rank killed with SIGKILL in mid-epoch once for each further number, and goes on from its last
-checkpoint. On the same number of ranks throughout, all must be identical; else float64 without dropout (masks are drawn
-rank by rank) must agree within rounding.
+Everything after -- is a setting of app/train.py. The reference run trains without a stop on the first number of ranks.
+In the other run, all ranks are killed with SIGKILL in mid-epoch, once for each further number, and the run is resumed
+from its last checkpoint. If the number of ranks stays the same, everything must be identical; otherwise, in float64 and
+without dropout (whose masks differ by rank), the runs must agree within rounding.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.sharding import content_hash
+from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, NonFiniteError, ReplicasDifferError
 from lockstep.runtime.flight_recorder import FOLDER as RECORDER
 from lockstep.runtime.flight_recorder import Heartbeat, read_heartbeats
@@ -40,7 +41,7 @@ TRAIN = ["-m", "lockstep", "train"]
 INTERVAL = 20
 SETTINGS = f"--num_epochs 2 --checkpoint.interval {INTERVAL} --checks.ledger true --optimizer.weight_decay 0.01"
 SETTINGS_ACROSS = "--precision float64 --model.dropout1 0 --model.dropout2 0"
-ROUNDING = 1e-9  # of the largest element; float64 sums in another order, over all updates, momentum included
+ROUNDING = 1e-9  # relative to the largest element: float64 sums in another order, accumulated over all updates
 ATTEMPT_TIMEOUT_SECONDS = 600
 
 
@@ -49,47 +50,47 @@ def certify_resuming() -> None:
     arguments = _parse_args()
     ranks: list[int] = arguments.ranks
     same = len(set(ranks)) == 1
-    moments = random.Random(arguments.seed)
+    random_number = random.Random(arguments.seed)
     settings = shlex.split(SETTINGS if same else f"{SETTINGS} {SETTINGS_ACROSS}") + arguments.settings
     with TemporaryDirectory(prefix="lockstep-certificate-") as folder:
-        never, stopped = Path(folder) / "never", Path(folder) / "stopped"
-        print(f"the run that never stops: {ranks[0]} rank(s)", flush=True)
-        _train(arguments.launcher, ranks[0], never, settings)
-        num_updates = _last(never).step
-        updates_per_epoch = num_updates // load_settings(never / SETTINGS_FILE).num_epochs
+        reference, resumed = Path(folder) / "reference", Path(folder) / "resumed"
+        print(f"the run without a stop: {ranks[0]} rank(s)", flush=True)
+        _train(arguments.launcher, ranks[0], reference, settings)
+        num_updates = _last_checkpoint(reference).step
+        updates_per_epoch = num_updates // load_settings(reference / SETTINGS_FILE).num_epochs
         for index, num_ranks in enumerate(ranks):
-            again = ["--resume"] if index else []
+            resume = ["--resume"] if index else []
             kill = None
             if index + 1 < len(ranks):
                 earliest = (index + 1) * num_updates // len(ranks)
                 kill = Kill(
-                    earliest + moments.randrange(num_updates // (2 * len(ranks)) + 1), num_updates, updates_per_epoch
+                    earliest + random_number.randrange(num_updates // (2 * len(ranks)) + 1),
+                    num_updates,
+                    updates_per_epoch,
                 )
-            _train(arguments.launcher, num_ranks, stopped, [*settings, *again], kill)
-        _certify(never, stopped, same, len(ranks))
+            _train(arguments.launcher, num_ranks, resumed, [*settings, *resume], kill)
+        _certify(reference, resumed, same, len(ranks))
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill in mid-epoch, once `after` updates are done or, where that moment is none, as soon as one is."""
+    """When to kill a run: after `after` updates or more, and in mid-epoch."""
 
     after: int
     num_updates: int
     updates_per_epoch: int
 
     def is_now(self, beat: Heartbeat) -> bool:
-        """Whether this rank has done `after` updates, has some left to do, and is in the midst of an epoch."""
+        """Whether a rank with this heartbeat has done `after` updates, has some left, and is in mid-epoch."""
         done = beat.update - 1
-        between = self.updates_per_epoch > 1 and done % self.updates_per_epoch == 0
+        is_between_epochs = self.updates_per_epoch > 1 and done % self.updates_per_epoch == 0
         is_late_enough = max(self.after, 1) <= done < self.num_updates
-        return is_late_enough and not between and beat.phase not in ("evaluation", "merging")
+        return is_late_enough and not is_between_epochs and beat.phase not in ("evaluation", "merging")
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lockstep verify --resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--resume", action="store_true", required=True, help="what is certified")
+    parser = command_parser("verify --resume", __doc__)
+    parser.add_argument("--resume", action="store_true", required=True, help="certify resuming")
     parser.add_argument(
         "--ranks",
         type=_numbers_of_ranks,
@@ -97,7 +98,7 @@ def _parse_args() -> argparse.Namespace:
         help="the number of ranks before the first kill, after it, ... (default: 2,2)",
     )
     parser.add_argument("--launcher", default="mpirun -np {ranks}", help="how ranks are started (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills (default: 0)")
     parser.add_argument("settings", nargs="*", help="settings of app/train.py, after --")
     return parser.parse_args()
 
@@ -111,7 +112,7 @@ def _numbers_of_ranks(text: str) -> list[int]:
 
 
 def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], kill: Kill | None = None) -> None:
-    """Train to the end, or to `kill`."""
+    """Train to the end, or until all ranks are killed at `kill`."""
     command = [
         *shlex.split(launcher.format(ranks=num_ranks)),
         sys.executable,
@@ -127,12 +128,12 @@ def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], kill: 
             if kill is None:
                 if process.wait(timeout=ATTEMPT_TIMEOUT_SECONDS) == 0:
                     return
-            elif _wait_for_moment(process, run, num_ranks, began, kill):
+            elif _wait_for_kill(process, run, num_ranks, began, kill):
                 killed = _kill_ranks(process)
                 beats = read_heartbeats(run / RECORDER)
                 print(f"killed: {killed} rank(s) in update {max(beat.update for beat in beats)}", flush=True)
                 if any(beat.update > kill.num_updates for beat in beats):
-                    raise LockstepError("the kill came when all updates were done: try another --seed")
+                    raise LockstepError("the kill came after the last update: try another --seed")
                 if killed == num_ranks:
                     process.wait(timeout=60)
                     return
@@ -144,13 +145,15 @@ def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], kill: 
         raise LockstepError(f"{shlex.join(command)} ended with {process.poll()}:\n{output.read()[-3000:]}")
 
 
-def _wait_for_moment(process: psutil.Popen, run: Path, num_ranks: int, began: float, kill: Kill) -> bool:
-    """Until every rank that `process` has started since `began` is where it is to be killed, and there is a checkpoint
-    to go on from; False if `process` ends before that.
+def _wait_for_kill(process: psutil.Popen, run: Path, num_ranks: int, began: float, kill: Kill) -> bool:
+    """Wait until `kill` is due on every rank and there is a checkpoint to resume from; False if `process` ends first.
+
+    Args:
+        began: when `process` was started, in seconds since 1970.
     """
     deadline = time.monotonic() + ATTEMPT_TIMEOUT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        # the attempt before has left heartbeats too, which the ranks replace as they start
+        # Older heartbeats are those of the previous attempt; the ranks replace them as they start.
         beats = [beat for beat in read_heartbeats(run / RECORDER) if beat.since >= began]
         if len(beats) == num_ranks and all(map(kill.is_now, beats)) and list_checkpoints(run):
             return True
@@ -159,7 +162,7 @@ def _wait_for_moment(process: psutil.Popen, run: Path, num_ranks: int, began: fl
 
 
 def _kill_ranks(process: psutil.Popen) -> int:
-    """SIGKILL to every rank that `process` has started; how many there were."""
+    """Send SIGKILL to every rank that `process` has started; return their number."""
     num_killed = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in [*process.children(recursive=True), process]:
@@ -170,43 +173,43 @@ def _kill_ranks(process: psutil.Popen) -> int:
     return num_killed
 
 
-def _last(run: Path) -> Checkpoint:
+def _last_checkpoint(run: Path) -> Checkpoint:
     checkpoint = latest_checkpoint(run, tell=print)
     if checkpoint is None:
         raise LockstepError(f"{run} has no checkpoint")
     return checkpoint
 
 
-def _certify(never: Path, stopped: Path, same: bool, num_attempts: int) -> None:
-    """Tell every comparison; raise if one fails."""
-    checkpoints = [_last(run) for run in (never, stopped)]
+def _certify(reference: Path, resumed: Path, same: bool, num_attempts: int) -> None:
+    """Print every comparison. Raises ReplicasDifferError if one fails."""
+    checkpoints = [_last_checkpoint(run) for run in (reference, resumed)]
     states = [checkpoint.load() for checkpoint in checkpoints]
-    held = [_tell_kills(stopped, num_attempts, checkpoints[0].step)]
+    passed = [_print_attempts(resumed, num_attempts, checkpoints[0].step)]
     for state in states:
         _check_finite(state)
     for what, prefix in {"model": "model/", "optimizer": "optimizer/"}.items():
         parts = [{name: tensor for name, tensor in state.items() if name.startswith(prefix)} for state in states]
-        held.append(_compare_tensors(what, parts[0], parts[1], same))
+        passed.append(_compare_tensors(what, parts[0], parts[1], same))
     if same:
         random_states = [str(checkpoint.counters["random_state_of_ranks"]) for checkpoint in checkpoints]
-        held.append(_tell("random states", content_hash(random_states[0]), content_hash(random_states[1])))
-        metrics = [(run / "metrics.jsonl").read_text() for run in (never, stopped)]
-        held.append(_tell("metrics.jsonl", content_hash(metrics[0]), content_hash(metrics[1])))
-        held.append(_tell("data ledger", ledger_digest(never), ledger_digest(stopped)))
-    accounts = read_ledger(stopped)
+        passed.append(_print_hashes("random states", content_hash(random_states[0]), content_hash(random_states[1])))
+        metrics = [(run / "metrics.jsonl").read_text() for run in (reference, resumed)]
+        passed.append(_print_hashes("metrics.jsonl", content_hash(metrics[0]), content_hash(metrics[1])))
+        passed.append(_print_hashes("data ledger", ledger_digest(reference), ledger_digest(resumed)))
+    accounts = read_ledger(resumed)
     progress = Progress(**checkpoints[1].counters["progress"])
-    is_whole = not find_gaps(stopped, progress.step, progress.num_samples)
+    is_complete = not find_gaps(resumed, progress.step, progress.num_samples)
     is_exact = bool(accounts) and all(account.is_exact for account in accounts)
-    held.append(is_whole and is_exact and len(accounts) == len(read_ledger(never)))
+    passed.append(is_complete and is_exact and len(accounts) == len(read_ledger(reference)))
     epochs = ", ".join(f"epoch {account.epoch}: {account.num_used}/{account.num_samples}" for account in accounts)
-    print(f"{'ledger':14} {epochs}: {'each sample exactly once' if held[-1] else 'NOT each sample exactly once'}")
-    if not all(held):
-        raise ReplicasDifferError("the run that was killed is NOT the run that never stopped")
+    print(f"{'ledger':14} {epochs}: {'each sample exactly once' if passed[-1] else 'NOT each sample exactly once'}")
+    if not all(passed):
+        raise ReplicasDifferError("the resumed run does NOT equal the run without a stop")
     print(f"CERTIFIED: {'identical' if same else f'equal within {ROUNDING:g}'} after {checkpoints[0].step} updates")
 
 
 def _check_finite(state: dict[str, Tensor]) -> None:
-    """Raises NonFiniteError: numbers that are none are equal to nothing, and to everything."""
+    """Raises NonFiniteError if `state` has a NaN or infinity, which no comparison could certify."""
     if not any(name.startswith("model/") for name in state):
         raise LockstepError("the checkpoint holds no model: nothing can be certified")
     for name, tensor in state.items():
@@ -214,32 +217,33 @@ def _check_finite(state: dict[str, Tensor]) -> None:
             raise NonFiniteError(f"{name} is infinite or not a number: nothing can be certified of such a run")
 
 
-def _tell_kills(stopped: Path, num_attempts: int, num_updates: int) -> bool:
-    """Each attempt but the first went on from a checkpoint, and had updates left to do."""
-    history = [json.loads(line) for line in (stopped / HISTORY).read_text().splitlines()]
+def _print_attempts(resumed: Path, num_attempts: int, num_updates: int) -> bool:
+    """Print where each attempt began; return whether all but the first resumed from a checkpoint, with updates left."""
+    history = [json.loads(line) for line in (resumed / HISTORY).read_text().splitlines()]
     starts = [attempt["update"] for attempt in history]
     print(f"{'attempts':14} begun after updates {', '.join(map(str, starts))} of {num_updates}")
     return len(starts) == num_attempts and all(0 < start < num_updates for start in starts[1:])
 
 
-def _compare_tensors(what: str, never: dict[str, Tensor], stopped: dict[str, Tensor], same: bool) -> bool:
+def _compare_tensors(what: str, reference: dict[str, Tensor], resumed: dict[str, Tensor], same: bool) -> bool:
+    """Print and return whether two states are identical if `same`, else equal within `ROUNDING`."""
     if same:
-        return _tell(
-            what, *(content_hash(sorted((k, content_hash(v)) for k, v in s.items())) for s in (never, stopped))
+        return _print_hashes(
+            what, *(content_hash(sorted((k, content_hash(v)) for k, v in s.items())) for s in (reference, resumed))
         )
-    if never.keys() != stopped.keys():
-        print(f"{what:14} the two have not the same tensors")
+    if reference.keys() != resumed.keys():
+        print(f"{what:14} the two have different tensors")
         return False
     worst = 0.0
-    for name, tensor in never.items():
+    for name, tensor in reference.items():
         if tensor.numel() == 0:
             continue
-        difference = (stopped[name].double() - tensor.double()).abs().max()
+        difference = (resumed[name].double() - tensor.double()).abs().max()
         worst = max(worst, float(difference / tensor.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)))
-    print(f"{what:14} largest difference {worst:.1e} of the largest element, in {len(never)} tensors")
+    print(f"{what:14} largest difference {worst:.1e} of the largest element, in {len(reference)} tensors")
     return worst <= ROUNDING
 
 
-def _tell(what: str, never: str, stopped: str) -> bool:
-    print(f"{what:14} {never[:16]} {stopped[:16]} {'identical' if never == stopped else 'DIFFERENT'}")
-    return never == stopped
+def _print_hashes(what: str, reference: str, resumed: str) -> bool:
+    print(f"{what:14} {reference[:16]} {resumed[:16]} {'identical' if reference == resumed else 'DIFFERENT'}")
+    return reference == resumed

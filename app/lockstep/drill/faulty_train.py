@@ -1,7 +1,7 @@
-"""A training with one fault, for `lockstep drill`.
+"""Train with one fault, for `lockstep drill`.
 
 `python -m lockstep.drill.faulty_train FAULT RANK UPDATE FILE [SETTING...]` injects FAULT into RANK before UPDATE, and
-writes the time of it to FILE. What follows are settings of `lockstep train`.
+writes the time of the fault to FILE. SETTINGs are those of `lockstep train`.
 """
 
 import os
@@ -26,7 +26,7 @@ from lockstep.training.trainer import Trainer
 
 SECONDS_SLOWER = 0.2
 SECONDS_CUT = 25
-SECONDS_FOR_A_CHECKPOINT = 20
+SECONDS_FOR_CHECKPOINTS = 20
 
 Inject = Callable[[Batch], None]
 
@@ -48,12 +48,12 @@ def _nan(batch: Batch) -> None:
 
 
 def _full_disk(_: Batch) -> None:
-    """No file may grow beyond 100 kB: logs can, checkpoints cannot, as on a disk that is nearly full."""
+    """Limit files to 100 kB: logs can still be written, checkpoints cannot, as on a nearly full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def _cut_link(_: Batch) -> None:
-    """Another process mends it, in time for the launcher to end what is left."""
+    """Take the network card down. Another process takes it up again, in time for the launcher to end the job."""
     device = _default_device()
     mend = f"sleep {SECONDS_CUT}; ip link set {device} up"
     subprocess.Popen(["sh", "-c", mend], start_new_session=True, stdin=-3, stdout=-3, stderr=-3)
@@ -75,7 +75,7 @@ INJECT: dict[str, Inject] = {
 
 
 def _default_device() -> str:
-    """The network card to the other nodes: the first that is up and not the loopback."""
+    """The network card to the other nodes: the first one that is up, other than the loopback."""
     for device in sorted(Path("/sys/class/net").iterdir()):
         if device.name != "lo" and (device / "operstate").read_text().strip() == "up":
             return device.name
@@ -93,13 +93,13 @@ def _check_possible(cluster: Cluster, fault: str, rank: int) -> None:
 
 
 class Fault(TrainerHook):
-    """Injects a fault before one update, or, of one that is slow, from it on."""
+    """Inject a fault before one update; a slow rank stays slow from then on."""
 
     def __init__(self, inject: Inject, update: int, file: Path) -> None:
         """
         Args:
             update: counted from 1.
-            file: gets the time of it.
+            file: receives the time of the fault.
         """
         self._inject = inject
         self._update = update
@@ -108,15 +108,15 @@ class Fault(TrainerHook):
     def before_update(self, trainer: Trainer, item: Batch) -> None:
         update = trainer.progress.step + 1
         if update == self._update:
-            _wait_for_a_checkpoint(trainer.folder.path)
+            _wait_for_checkpoints(trainer.folder.path)
             self._file.write_text(str(time.time()))
         if update == self._update or (update > self._update and self._inject is _slow):
             self._inject(item)
 
 
-def _wait_for_a_checkpoint(run: Path) -> None:
-    """Of the two that were due by now, so that there is something to lose, and something to go on from."""
-    deadline = time.monotonic() + SECONDS_FOR_A_CHECKPOINT
+def _wait_for_checkpoints(run: Path) -> None:
+    """Wait until both checkpoints that are due by now are written: one may be torn, the run resumes from the other."""
+    deadline = time.monotonic() + SECONDS_FOR_CHECKPOINTS
     while len(list_checkpoints(run)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
 

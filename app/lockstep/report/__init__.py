@@ -1,1 +1,1 @@
-"""What lockstep report puts on its page."""
+"""What the page and the table of `lockstep report` are made of."""

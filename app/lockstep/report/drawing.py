@@ -1,4 +1,4 @@
-"""The report's pictures: as SVG, which a page can hold within itself."""
+"""Draw the pictures of a report, as SVG data URIs that can be embedded in its page."""
 
 import io
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
+mpl.use("Agg")  # no display is needed; must come before pyplot is imported
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,14 +18,14 @@ from lockstep.training.summary import GROUPS, OTHER
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIRST = ("return", "accuracy", "top5_accuracy", "loss")  # of the curves; the others follow in their order
+FIRST = ("return", "accuracy", "top5_accuracy", "loss")  # before all other curves
 NO_CURVES = {"kind", "step", "epoch", "samples", "episodes"}
 MAX_RANKS = 40
 COLUMNS = 3
 
 
 def curve_names(records: Sequence[Record]) -> list[str]:
-    """Of all that some run has recorded more than once."""
+    """The metrics that at least one run has recorded more than once."""
     counted = [
         Counter(name for line in record.metrics for name in line if line[name] is not None) for record in records
     ]
@@ -34,7 +34,7 @@ def curve_names(records: Sequence[Record]) -> list[str]:
 
 
 def draw_curves(records: Sequence[Record]) -> str | None:
-    """Every curve over the samples, with all runs in one picture: training as a line, evaluations as points."""
+    """Draw each metric over the number of samples, all runs in one plot: training as a line, evaluations as points."""
     names = curve_names(records)
     if not names:
         return None
@@ -62,7 +62,7 @@ def draw_curves(records: Sequence[Record]) -> str | None:
 
 
 def draw_time(record: Record) -> str | None:
-    """Where the seconds of each rank went, the slowest, which waits least, first."""
+    """Draw how each rank spent its time, sorted by waiting: the slowest rank waits least, and comes first."""
     ranks = sorted(enumerate(record.seconds_of_ranks), key=lambda ranked: ranked[1]["waiting"])[:MAX_RANKS]
     if not ranks:
         return None
@@ -81,7 +81,7 @@ def draw_time(record: Record) -> str | None:
 
 
 def draw_confusion(record: Record) -> str | None:
-    """Rows the true class, columns the predicted one; each row by its own number of samples."""
+    """Draw the confusion matrix: rows are true classes, columns predicted ones; colours are relative to the row."""
     if "confusion" not in record.evaluation:
         return None
     counts, classes = np.array(record.evaluation["confusion"]), record.evaluation["classes"]
@@ -100,7 +100,7 @@ def draw_confusion(record: Record) -> str | None:
 
 
 def draw_returns(record: Record) -> str | None:
-    """How the returns of the evaluation's episodes are spread."""
+    """Draw a histogram of the returns of the evaluation's episodes."""
     if not record.evaluation.get("episodes"):
         return None
     figure, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
@@ -115,7 +115,7 @@ def _has(line: object, kind: str, name: str) -> bool:
 
 
 def _as_svg(figure: "Figure") -> str:
-    """A data URI."""
+    """The figure as a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)

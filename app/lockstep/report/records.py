@@ -1,4 +1,4 @@
-"""What a run has left behind, as a report needs it."""
+"""Read the files of a run that a report shows."""
 
 import base64
 import json
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.comm.watchdog import VERDICT
-from lockstep.report.table import Run as Row
-from lockstep.report.table import read_run
+from lockstep.report.table import Row, read_row
 from lockstep.runtime.flight_recorder import FOLDER, stragglers
 from lockstep.training.profiling import PROFILE, TABLE
 from lockstep.training.run_folder import storage_errors
 from lockstep.training.summary import by_group
 
 PICTURES = {".gif": "image/gif", ".png": "image/png"}
-DRAWN_ANEW = {"curves.png"}
+REDRAWN = {"curves.png"}
 MAX_PICTURE_BYTES = 8 * 2**20
 
 
@@ -26,13 +25,13 @@ class Record:
     """One run.
 
     Attributes:
-        row: its settings, its results and how it ended, as lockstep report --table reads them.
-        environment: its environment.json; empty if it never began.
-        metrics: the lines of its metrics.jsonl.
-        evaluation: its evaluation.json; empty if it has none.
-        profile: where some updates went, as profiling.py has written it; empty if it was not asked to.
-        verdict: what the watchdog has said; empty if it never had to.
-        pictures: names and data URIs of those in its folder.
+        row: settings, results and state, as in the table of `lockstep report --table`.
+        environment: environment.json; empty if the run has not begun.
+        metrics: the lines of metrics.jsonl.
+        evaluation: evaluation.json; empty if there is none.
+        profile: the profile of some updates (training/profiling.py); empty if there is none.
+        verdict: the watchdog's verdict; empty if there is none.
+        pictures: names and data URIs of the pictures in the run's folder.
     """
 
     path: Path
@@ -59,29 +58,30 @@ class Record:
 
     @cached_property
     def seconds_of_ranks(self) -> list[dict[str, float]]:
-        """Of each rank, by group of phases."""
+        """For each rank, its seconds by group of phases."""
         return [by_group(of_rank) for of_rank in self.results.get("seconds_of_ranks", [])]
 
     @property
     def slowest(self) -> tuple[int, float] | None:
-        """The slowest rank, and the share of all ranks' time that went into waiting for it."""
+        """The slowest rank, and the share of all ranks' time that was spent waiting for it."""
         seconds = self.results.get("seconds_of_ranks", [])
         return stragglers(seconds) if len(seconds) > 1 else None
 
     @property
     def per_rank(self) -> float | None:
-        """Samples a second of each rank."""
+        """Samples per second and rank."""
         rate = self.results.get("samples_per_second")
         return rate / self.results["num_ranks"] if rate else None
 
 
 def read_record(folder: Path) -> Record:
-    """
+    """Read the run in `folder`.
+
     Raises:
-        StorageError: something in `folder` cannot be read.
-        SettingsError: its settings.yaml is no such file.
+        StorageError: a file cannot be read.
+        SettingsError: settings.yaml is invalid.
     """
-    row = read_run(folder)
+    row = read_row(folder)
     with storage_errors():
         lines = _text(folder / "metrics.jsonl").splitlines()
         pictures = [path for path in sorted(folder.glob("*")) if path.suffix in PICTURES]
@@ -89,20 +89,20 @@ def read_record(folder: Path) -> Record:
             folder,
             row,
             json.loads(_text(folder / "environment.json") or "{}"),
-            [json.loads(line) for line in lines if line.endswith("}")],  # the last one may just be being written
+            [json.loads(line) for line in lines if line.endswith("}")],  # the last may be incomplete in a running run
             json.loads(_text(folder / "evaluation.json") or "{}"),
             json.loads(_text(folder / PROFILE / TABLE) or "{}"),
             _text(folder / FOLDER / VERDICT).strip(),
             [
                 (path.name, data_uri(path.read_bytes(), PICTURES[path.suffix]))
                 for path in pictures
-                if path.name not in DRAWN_ANEW and path.stat().st_size <= MAX_PICTURE_BYTES
+                if path.name not in REDRAWN and path.stat().st_size <= MAX_PICTURE_BYTES
             ],
         )
 
 
 def efficiencies(records: Sequence[Record]) -> list[float | None]:
-    """Samples a second of each rank, as a part of those of the run with the fewest ranks."""
+    """Samples per second and rank, relative to the run with the fewest ranks; None where unknown."""
     known = [record for record in records if record.per_rank]
     if not known:
         return [None] * len(records)

@@ -1,4 +1,4 @@
-"""One table of many runs: how each did, and the settings in which they differ."""
+"""Build a table of many runs: the results of each, and the settings in which they differ."""
 
 import json
 import re
@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from lockstep.runtime.command_line import plain_console
 from lockstep.runtime.errors import ExitCode, StorageError
 from lockstep.settings.reading import SETTINGS_FILE, flat_settings, load_settings
 from lockstep.training.run_folder import RunFolder, storage_errors
 
-RESULTS = {  # of summary.json; a column where some run has it
+RESULTS = {  # keys of summary.json and their formats; each is a column if at least one run has it
     "accuracy": ".4f",
     "loss": ".4f",
     "return": ".2f",
@@ -22,18 +22,18 @@ RESULTS = {  # of summary.json; a column where some run has it
     "samples_per_second": ".0f",
 }
 BEST = ("accuracy", "return")
-ASKED, EXIT_CODE = ".settings", ".exit-code"  # what slurm/sweep.sbatch writes beside a run's folder
+REQUESTED, EXIT_CODE = ".settings", ".exit-code"  # files that slurm/sweep.sbatch writes beside a run's folder
 
 
 @dataclass(frozen=True)
-class Run:
-    """One row.
+class Row:
+    """One run in the table.
 
     Attributes:
-        state: `done`, or how it ended or why there is nothing yet.
-        settings: all of them, by their full names; none of a run that never began.
-        asked: of a run that never began, the settings that it was asked to begin with.
-        results: its summary.json; empty if it has none.
+        state: `done`, how the run ended otherwise, `not finished` or `not begun`.
+        settings: all settings by full name; empty if the run has not begun.
+        asked: if the run has not begun, the settings that it was requested with.
+        results: summary.json; empty if there is none.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Run:
     results: Mapping[str, Any] = field(default_factory=dict)
 
 
-def tell_table(folders: Sequence[Path]) -> None:
-    """Print one line for each run; for a sweep, which one folder stands for, into its table.txt and table.json, too.
+def print_table(folders: Sequence[Path]) -> None:
+    """Print one line per run. For the folder of a sweep, also write its table.txt and table.json.
 
     Raises:
         StorageError: there are no runs, or the table cannot be written.
         SettingsError: a run's settings cannot be read.
     """
     sweep = folders[0] if len(folders) == 1 and not _is_run(folders[0]) else None
-    runs = [read_run(folder) for folder in (_runs_of(sweep) if sweep else folders)]
+    runs = [read_row(folder) for folder in (_runs_of(sweep) if sweep else folders)]
     differing = settings_that_differ(runs)
     table = _table(runs, differing)
-    console = Console(color_system=None, width=1000)  # of the table only as much is taken as it needs
+    console = plain_console(width=1000)  # wide enough that no row is wrapped
     console.print(table)
     if sweep:
         with console.capture() as capture:
@@ -64,47 +64,47 @@ def tell_table(folders: Sequence[Path]) -> None:
         RunFolder(sweep).write_json("table.json", {"runs": rows})
 
 
-def read_run(folder: Path) -> Run:
-    """What is known of the run in `folder`, which may never have been made.
+def read_row(folder: Path) -> Row:
+    """Read the run in `folder`, which need not exist: a run of a sweep may not have begun.
 
     Raises:
-        SettingsError: its settings.yaml is no such file.
-        StorageError: it cannot be read.
+        SettingsError: settings.yaml is invalid.
+        StorageError: a file cannot be read.
     """
     with storage_errors():
         settings = flat_settings(load_settings(folder / SETTINGS_FILE, trust=True)) if _is_run(folder) else {}
         results = json.loads(_text(folder / "summary.json") or "{}")
         code = _text(folder.with_name(folder.name + EXIT_CODE)).strip()
-        asked = _text(folder.with_name(folder.name + ASKED)).strip()
+        asked = _text(folder.with_name(folder.name + REQUESTED)).strip()
     if results:
         state = "done"
     elif code:
-        state = f"{_name_of(int(code))} ({code})"
+        state = f"{_exit_code_name(int(code))} ({code})"
     else:
         state = "not finished" if settings else "not begun"
-    return Run(folder.resolve().name, state, settings, "" if settings else asked, results)
+    return Row(folder.resolve().name, state, settings, "" if settings else asked, results)
 
 
-def settings_that_differ(runs: Sequence[Run]) -> list[str]:
-    """The names of the settings that are not the same in all runs which began, in the order of their definition."""
+def settings_that_differ(runs: Sequence[Row]) -> list[str]:
+    """The names of the settings that differ between the runs that have begun, in the order of their definition."""
     begun = [run.settings for run in runs if run.settings]
     names = dict.fromkeys(name for settings in begun for name in settings)
     return [name for name in names if name != "run_dir" and len({str(each.get(name)) for each in begun}) > 1]
 
 
-def _table(runs: Sequence[Run], differing: Sequence[str]) -> Table:
-    """The run with the best accuracy is marked."""
+def _table(runs: Sequence[Row], differing: Sequence[str]) -> Table:
+    """The table; the run with the best accuracy or return is marked."""
     shown = {name: form for name, form in RESULTS.items() if any(name in run.results for run in runs)}
-    judge = next((name for name in BEST if name in shown), "")
-    best = max((run.results[judge] for run in runs if judge in run.results), default=None)
-    table = Table(caption=f"* the best {judge}" if judge else None, caption_justify="left")
+    best_by = next((name for name in BEST if name in shown), "")
+    best = max((run.results[best_by] for run in runs if best_by in run.results), default=None)
+    table = Table(caption=f"* the best {best_by}" if best_by else None, caption_justify="left")
     for column in ("run", "ended", *shown, *differing):
         table.add_column(column, justify="right" if column in shown else "left")
     asked = any(run.asked for run in runs)
     if asked:
         table.add_column("asked for")
     for run in runs:
-        mark = " *" if judge in run.results and run.results[judge] == best else ""
+        mark = " *" if best_by in run.results and run.results[best_by] == best else ""
         results = [_number(run.results.get(name), form) for name, form in shown.items()]
         settings = [str(run.settings[name]) if name in run.settings else "" for name in differing]
         table.add_row(run.name + mark, run.state, *results, *settings, *([run.asked] if asked else []))
@@ -112,14 +112,14 @@ def _table(runs: Sequence[Run], differing: Sequence[str]) -> Table:
 
 
 def _runs_of(sweep: Path) -> list[Path]:
-    """The folders of a sweep's runs, made or not, in the order of their numbers.
+    """The folders of a sweep's runs, existing or not, in the order of their numbers.
 
     Raises:
         StorageError: there are none.
     """
     with storage_errors():
         found = {path for path in sweep.iterdir() if _is_run(path)} if sweep.is_dir() else set()
-        found |= {path.with_suffix("") for path in sweep.glob(f"*{ASKED}")}
+        found |= {path.with_suffix("") for path in sweep.glob(f"*{REQUESTED}")}
     if not found:
         raise StorageError(f"{sweep} holds no runs: name the folder of a sweep, or those of some runs")
     return sorted(found, key=lambda path: [part.zfill(12) for part in re.split(r"(\d+)", path.name)])
@@ -133,7 +133,7 @@ def _text(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def _name_of(code: int) -> str:
+def _exit_code_name(code: int) -> str:
     try:
         return ExitCode(code).name
     except ValueError:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from lockstep.comm.cluster import Cluster
+from lockstep.runtime.command_line import plain_console
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.training import trace
@@ -175,7 +175,7 @@ class Profiler:
         }
         self._folder.write_json(TABLE, content)
         if not self._quiet:
-            console = Console(color_system=None)  # under a launcher, a file may look like a terminal
+            console = plain_console()
             for what, shares in (("phases, and what was waited for", phases), ("operators, themselves", operators)):
                 console.print(_table(what, shares, first, num_updates))
             print(f"Trace, for https://ui.perfetto.dev: {self._folder.path / TRACE}", flush=True)

@@ -52,7 +52,7 @@ def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
     [
         ("warp", "there is no benchmark 'warp': choose one of throughput, comm, sharding, pipeline, peers, scaling"),
         ("throughput --updats 3", "Did you mean --updates?"),
-        ("comm", "one rank has nobody to talk to"),
+        ("comm", "comm needs two ranks or more"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_message(args: str, told: str) -> None:

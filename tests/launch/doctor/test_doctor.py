@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.doctor.looking import (
+from tests.launch.doctor.running import (
     DOCTOR,
     SECONDS,
     UNKNOWN_TO_MPI,
@@ -19,7 +19,7 @@ from tests.launch.doctor.looking import (
     faults_of,
     in_a_machine_with,
     launch_line_of,
-    see_the_doctor,
+    run_doctor,
     without_folder,
 )
 from tests.launching import launch
@@ -28,7 +28,7 @@ from tests.launching import launch
 
 
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path)
+    finished = run_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path)
     assert faults_of(finished) == {}
     assert finished.returncode == 0, finished.output
     assert finished.stdout.splitlines()[-1].startswith("Healthy")
@@ -61,7 +61,7 @@ def test_help_is_said_once(tmp_path: Path) -> None:
 
 
 def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {DOCTOR}", tmp_path, looks=1)
+    finished = run_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {DOCTOR}", tmp_path, tries=1)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["launcher"]
@@ -72,7 +72,7 @@ def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     libmpi = tmp_path / "libmpi.so.40"
     subprocess.run(["g++", "-shared", "-xc++", "-", "-Wl,-soname,libmpi.so.40", "-o", libmpi], input=b"", check=True)
     library_path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    finished = see_the_doctor(DOCTOR, tmp_path, {"LD_LIBRARY_PATH": library_path})
+    finished = run_doctor(DOCTOR, tmp_path, {"LD_LIBRARY_PATH": library_path})
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert {"ranks", "MPI"} <= set(faults)
@@ -88,7 +88,7 @@ def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
         (venv / path.name).symlink_to(path)
     (venv / "lockstep.sh").unlink()
     (venv / "lockstep.sh").write_text("lockstep_mpi='Open MPI 4.1.4'\n")
-    finished = see_the_doctor(f"{venv}/bin/{DOCTOR}", tmp_path)
+    finished = run_doctor(f"{venv}/bin/{DOCTOR}", tmp_path)
     assert finished.returncode == 8
     assert "the environment was built for Open MPI 4.1.4, and Open MPI v5" in faults_of(finished)["MPI"]
 
@@ -102,7 +102,7 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     assert get_version, "ncclGetVersion is compiled in another way"
     content[get_version.start(1) : get_version.end(1)] = (21805).to_bytes(4, "little")
     (tmp_path / "libnccl.so.2").write_bytes(content)
-    finished = see_the_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {shlex.quote(str(library))}"), tmp_path)
+    finished = run_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {shlex.quote(str(library))}"), tmp_path)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["NCCL"]
@@ -112,7 +112,7 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
 def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
     (tmp_path / "mine" / "numpy").mkdir(parents=True)
     (tmp_path / "mine" / "numpy" / "__init__.py").touch()
-    finished = see_the_doctor(DOCTOR, tmp_path, {"PYTHONPATH": str(tmp_path / "mine")})
+    finished = run_doctor(DOCTOR, tmp_path, {"PYTHONPATH": str(tmp_path / "mine")})
     assert finished.returncode == 8
     assert str(tmp_path / "mine" / "numpy" / "__init__.py") in faults_of(finished)["variables"]
     assert launch_line_of(finished).startswith("env -u PYTHONPATH ")
@@ -121,7 +121,7 @@ def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_ranks_that_are_stacked_on_one_core(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
-    finished = see_the_doctor(f"taskset --cpu-list {cpu} mpirun -np 2 {DOCTOR}", tmp_path)
+    finished = run_doctor(f"taskset --cpu-list {cpu} mpirun -np 2 {DOCTOR}", tmp_path)
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["binding"]
@@ -136,14 +136,14 @@ def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     smi.write_text('#!/bin/sh\necho "GPU-a, NVIDIA H100, 4, 81559"; echo "GPU-b, NVIDIA H100, 4, 81559"\n')
     smi.chmod(0o755)
     variables = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "1"}
-    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR}", tmp_path, variables)
+    finished = run_doctor(f"mpirun -np 2 {DOCTOR}", tmp_path, variables)
     assert finished.returncode == 8
     assert list(faults_of(finished)) == ["GPUs"]
     assert "ranks 0-1 share GPU GPU-b" in faults_of(finished)["GPUs"]
 
 
 def test_few_open_files(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"ulimit -n 64; {DOCTOR}", tmp_path)
+    finished = run_doctor(f"ulimit -n 64; {DOCTOR}", tmp_path)
     assert finished.returncode == 8
     assert list(faults_of(finished)) == ["limits"]
 
@@ -167,7 +167,7 @@ def test_a_machine_that_lacks_something(planted: str, check: str, what: str, tmp
     (tmp_path / "runs").mkdir()
     meminfo = re.sub(r"(?m)^MemAvailable:.*$", "MemAvailable: 300000 kB", Path("/proc/meminfo").read_text())
     (tmp_path / "meminfo").write_text(meminfo)
-    finished = see_the_doctor(in_a_machine_with(planted), tmp_path)
+    finished = run_doctor(in_a_machine_with(planted), tmp_path)
     assert finished.returncode == 8, finished.output
     assert list(faults_of(finished)) == [check]
     assert what in faults_of(finished)[check]
@@ -180,7 +180,7 @@ def test_a_folder_that_hangs(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     make = "truncate --size=8M image; mkfs.ext4 -q image; mount -o loop image runs; fsfreeze --freeze runs"
     inside = f"set -e; {make}; trap 'fsfreeze --unfreeze runs' EXIT; {DOCTOR}"
-    finished = see_the_doctor(f"unshare --mount sh -c {shlex.quote(inside)}", tmp_path)
+    finished = run_doctor(f"unshare --mount sh -c {shlex.quote(inside)}", tmp_path)
     assert finished.returncode == 8, finished.output
     assert list(faults_of(finished)) == ["folder"]
     assert "the folder for runs is stuck" in faults_of(finished)["folder"]
@@ -188,7 +188,7 @@ def test_a_folder_that_hangs(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     stuck = "from mpi4py import MPI; import time; time.sleep(60)"
-    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} : -np 1 python -c {shlex.quote(stuck)}", tmp_path, looks=1)
+    finished = run_doctor(f"mpirun -np 2 {DOCTOR} : -np 1 python -c {shlex.quote(stuck)}", tmp_path, tries=1)
     assert finished.returncode == 8
     assert "no answer in time from 1 rank of 3, the first is 2" in faults_of(finished)["ranks"]
     assert launch_line_of(finished) == "mpirun -np 3 python app/train.py"

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from lockstep.runtime.installation import read_installation
-from tests.launch.doctor.looking import DOCTOR, as_root, faults_of, launch_line_of, see_the_doctor
+from tests.launch.doctor.running import DOCTOR, as_root, faults_of, launch_line_of, run_doctor
 from tests.launching import ROOT, Finished, across_nodes
 from tests.slurm_cluster import SlurmCluster
 
 
-def _on_two_nodes(command: str, cwd: Path, rate: str = "1gbit", looks: int = 3) -> Finished:
-    return see_the_doctor(f"lockstep benchmark two_nodes --rate {rate} -- {command}", cwd, looks=looks)
+def _on_two_nodes(command: str, cwd: Path, rate: str = "1gbit", tries: int = 3) -> Finished:
+    return run_doctor(f"lockstep benchmark two_nodes --rate {rate} -- {command}", cwd, tries=tries)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def test_a_slow_node_is_named(tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     with _computing_on(cpus[len(cpus) // 2 :], num_processes=6):
         for _ in range(3):
-            finished = _on_two_nodes(DOCTOR, tmp_path, looks=1)
+            finished = _on_two_nodes(DOCTOR, tmp_path, tries=1)
             if "speed" in faults_of(finished):
                 break
     assert finished.returncode == 8, finished.output

@@ -128,12 +128,12 @@ def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None
         file.write_bytes(file.read_bytes()[:8])
     cut = launch(verify, cwd=tmp_path)
     assert cut.returncode == 5, cut.output
-    assert "ledger: NOT whole: updates 1 ... 4 are missing" in cut.stdout
+    assert "ledger: INCOMPLETE: updates 1 ... 4 are missing" in cut.stdout
     for file in run.glob("ledger/*"):
         file.unlink()
     gone = launch(verify, cwd=tmp_path)
     assert gone.returncode == 5, gone.output
-    assert "ledger: GONE" in gone.stdout
+    assert "ledger: MISSING" in gone.stdout
 
 
 def test_a_certificate_without_a_kill_is_refused() -> None:

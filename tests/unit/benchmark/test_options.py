@@ -20,7 +20,7 @@ def test_the_forecast_is_that_of_its_formula() -> None:
     fit = Fit(alpha=1e-5, beta=1e-9, constant=1e-4)
     assert fit.seconds(1, 10**6) == 0
     assert fit.seconds(4, 10**6) == pytest.approx(1e-4 + 4 * 1e-5 + 1.5e6 * 1e-9)
-    assert fit.efficiency(4, 10**6, alone_seconds=0.1) == pytest.approx(0.1 / (0.1 + 1.64e-3))
+    assert fit.efficiency(4, 10**6, compute_seconds=0.1) == pytest.approx(0.1 / (0.1 + 1.64e-3))
     assert fit.efficiency(4096, 10**6, 0.1) < fit.efficiency(64, 10**6, 0.1) < 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lockstep.benchmark.comparison import Ratio, measure_peers, summarise
+from lockstep.benchmark.launching import Ratio, measure_peers, summarise
 from lockstep.benchmark.peer_commands import Peer, peers
 
 DEFAULTS = {
@@ -27,10 +27,12 @@ def _python(code: str, name: str = "a peer", num_copies: int = 1, **environment:
     return Peer(name, (sys.executable, "-c", code), environment, num_copies)
 
 
-def _measure(*arms: Peer, num_rounds: int = 1, timeout_seconds: float = 30) -> tuple[Mapping[str, list[float]], str]:
+def _measure(
+    *competitors: Peer, num_rounds: int = 1, timeout_seconds: float = 30
+) -> tuple[Mapping[str, list[float]], str]:
     """The rates, and all that was said."""
     said: list[str] = []
-    rates = measure_peers(arms, num_rounds, said.append, timeout_seconds)
+    rates = measure_peers(competitors, num_rounds, said.append, timeout_seconds)
     return rates, "\n".join(said)
 
 
@@ -44,8 +46,8 @@ def _runs(pid: int) -> bool:
 
 def test_the_peers_take_turns_in_an_order_that_rotates(tmp_path: Path) -> None:
     order = tmp_path / "order"
-    arms = [_python(f"open({str(order)!r}, 'a').write({name!r})\n{REPORT}", name) for name in "abc"]
-    rates, said = _measure(*arms, num_rounds=4)
+    competitors = [_python(f"open({str(order)!r}, 'a').write({name!r})\n{REPORT}", name) for name in "abc"]
+    rates, said = _measure(*competitors, num_rounds=4)
     assert order.read_text() == "abcbcacababc"
     assert rates == {name: [100.0] * 4 for name in "abc"}
     assert "round 2 of 4: c: 100 images/s" in said
@@ -152,16 +154,16 @@ assert {{name: value for name, value in os.environ.items() if name.startswith("L
 
 
 def test_peers_as_written_run_without_the_environments_settings_and_pinned_ones_yield() -> None:
-    arms = {peer.name: peer.environment for peer in peers(2, num_cores=2, environment=DEFAULTS)}
-    unset = {name for name, value in arms["Horovod example"].items() if value is None}
+    environments = {peer.name: peer.environment for peer in peers(2, num_cores=2, environment=DEFAULTS)}
+    unset = {name for name, value in environments["Horovod example"].items() if value is None}
     assert unset == {*OVERSUBSCRIBE, YIELD}
-    assert arms["Horovod example, pinned"][YIELD] == "1"
-    assert None not in arms["Lockstep"].values()
+    assert environments["Horovod example, pinned"][YIELD] == "1"
+    assert None not in environments["Lockstep"].values()
 
 
 def test_more_ranks_than_cores_keep_what_lets_them_start() -> None:
-    arms = {peer.name: peer.environment for peer in peers(4, num_cores=2, environment=DEFAULTS)}
-    unset = {name for name, value in arms["Horovod example"].items() if value is None}
+    environments = {peer.name: peer.environment for peer in peers(4, num_cores=2, environment=DEFAULTS)}
+    unset = {name for name, value in environments["Horovod example"].items() if value is None}
     assert unset == {YIELD}
 
 

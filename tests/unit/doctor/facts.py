@@ -11,10 +11,10 @@ from lockstep.doctor.facts import (
     Facts,
     Folder,
     Gpu,
-    Joined,
     Libraries,
     Link,
     LocalFacts,
+    MpiFacts,
     NodeFacts,
     RankFacts,
     Slurm,
@@ -43,8 +43,8 @@ SLURM = Slurm(
 
 def healthy() -> Facts:
     """Two nodes with 4 CPUs each, 2 ranks on each of them."""
-    of_node = NodeFacts(
-        mpi=LIBMPI,
+    node_facts = NodeFacts(
+        mpi_library=LIBMPI,
         gpus=(),
         libraries=LIBRARIES,
         folder=FOLDER,
@@ -60,19 +60,19 @@ def healthy() -> Facts:
             launcher=Launcher(MPIRUN, rank, 4, rank % 2, 2),
             installation=installation,
             environment={"OMPI_MCA_mpi_yield_when_idle": "1"},
-            strangers={},
+            foreign_packages={},
             cpus=frozenset(range(4)),
             cores={cpu: (0, 0, cpu) for cpu in range(4)},
             num_cpus=4,
             limits={"n": 1 << 16, "l": -1, "u": -1},
             memory=30 * GIB,
-            of_node=of_node if rank % 2 == 0 else None,
+            node_facts=node_facts if rank % 2 == 0 else None,
             slurm=None,
         )
-        ranks[rank] = RankFacts(local, Joined(rank, 4, "Open MPI v5.0.11", "Open MPI 5.0.11", (LIBMPI,)))
+        ranks[rank] = RankFacts(local, MpiFacts(rank, 4, "Open MPI v5.0.11", "Open MPI 5.0.11", (LIBMPI,)))
     return Facts(
         local=ranks[0].local,
-        joined=ranks[0].joined,
+        mpi=ranks[0].mpi,
         ranks=ranks,
         speeds={rank: Speed(1e11, 0.98) for rank in ranks},
         clocks={"n2": Clock(0.001, 1e-5)},
@@ -93,22 +93,22 @@ def with_local(facts: Facts, where: Callable[[int], bool] = lambda _: True, **ch
 def with_node(node: str, **changes: Any) -> Facts:
     facts = healthy()
     first = NODES.index(node)
-    of_node = facts.ranks[first].local.of_node
-    assert of_node
-    return with_local(facts, lambda rank: rank == first, of_node=replace(of_node, **changes))
+    node_facts = facts.ranks[first].local.node_facts
+    assert node_facts
+    return with_local(facts, lambda rank: rank == first, node_facts=replace(node_facts, **changes))
 
 
-def with_joined(rank: int, **changes: Any) -> Facts:
+def with_mpi(rank: int, **changes: Any) -> Facts:
     facts = healthy()
-    ranks = {**facts.ranks, rank: replace(facts.ranks[rank], joined=replace(facts.ranks[rank].joined, **changes))}
-    return replace(facts, ranks=ranks, joined=ranks[0].joined)
+    ranks = {**facts.ranks, rank: replace(facts.ranks[rank], mpi=replace(facts.ranks[rank].mpi, **changes))}
+    return replace(facts, ranks=ranks, mpi=ranks[0].mpi)
 
 
 def with_other_copy(libmpi: str) -> Facts:
     facts = with_node("n1", libraries=replace(LIBRARIES, mpi=(libmpi,)))
     of_rank = facts.ranks[0]
-    of_rank = replace(of_rank, joined=replace(of_rank.joined, files=(libmpi,)))
-    return replace(facts, ranks={**facts.ranks, 0: of_rank}, joined=of_rank.joined)
+    of_rank = replace(of_rank, mpi=replace(of_rank.mpi, files=(libmpi,)))
+    return replace(facts, ranks={**facts.ranks, 0: of_rank}, mpi=of_rank.mpi)
 
 
 def with_libraries(**changes: Any) -> Facts:
@@ -131,8 +131,8 @@ def with_gpus(visible: tuple[str | None, str | None], used: int = 0) -> Facts:
 def lost(launcher: Launcher) -> Facts:
     facts = healthy()
     local = replace(facts.local, launcher=launcher)
-    joined = Joined(0, 1, "Open MPI v5.0.11", "Open MPI 5.0.11", (LIBMPI,))
-    return Facts(local=local, joined=joined, ranks={0: RankFacts(local, joined)}, speeds={0: Speed(1e11, 1.0)})
+    mpi = MpiFacts(0, 1, "Open MPI v5.0.11", "Open MPI 5.0.11", (LIBMPI,))
+    return Facts(local=local, mpi=mpi, ranks={0: RankFacts(local, mpi)}, speeds={0: Speed(1e11, 1.0)})
 
 
 def in_slurm(launcher: Launcher | None = None, **changes: Any) -> Facts:

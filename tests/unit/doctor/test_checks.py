@@ -7,7 +7,7 @@ import pytest
 from lockstep.doctor.diagnosis import diagnose, is_healthy
 from lockstep.doctor.facts import Clock, Facts, Link, Speed, Unknown, View
 from lockstep.doctor.findings import Status
-from lockstep.doctor.gathering import NO_ANSWER
+from lockstep.doctor.local_facts import NO_ANSWER
 from lockstep.doctor.report import verdict
 from lockstep.runtime.installation import Installation
 from lockstep.runtime.launcher import HYDRA, SRUN, Launcher
@@ -23,9 +23,9 @@ from tests.unit.doctor.facts import (
     three_nodes,
     with_folder,
     with_gpus,
-    with_joined,
     with_libraries,
     with_local,
+    with_mpi,
     with_node,
 )
 
@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[Facts, str, str]] = {
     "srun of another PMI": (lost(Launcher(SRUN, 0, 4, 0, None, "none")), "launcher", "--mpi=pmix"),
     "mpiexec of another MPI": (lost(Launcher(HYDRA, 0, 4, 0, 4)), "launcher", "mixed MPIs"),
     "MPI does not start": (
-        replace(lost(Launcher("none")), joined=None, ranks={}, trouble="its process died: PMIx error"),
+        replace(lost(Launcher("none")), mpi=None, ranks={}, trouble="its process died: PMIx error"),
         "ranks",
         "PMIx error",
     ),
@@ -42,19 +42,21 @@ FAULTS: dict[str, tuple[Facts, str, str]] = {
         "ranks",
         "n2: no answer in time from 1 rank of 4, the first is 3",
     ),
-    "MPI is another version": (with_joined(2, version="Open MPI v4.1.4"), "MPI", "n2: mpi4py was built with"),
+    "MPI is another version": (with_mpi(2, version="Open MPI v4.1.4"), "MPI", "n2: mpi4py was built with"),
     "the environment is for another MPI": (
         with_local(healthy(), installation=Installation(VENV, "MPICH 4.0.2", VENV / "bin", (VENV / "lib",), "abc")),
         "MPI",
         "built for MPICH 4.0.2",
     ),
     "two MPIs in one process": (
-        with_joined(0, files=(LIBMPI, "/usr/lib/libmpich.so.12")),
+        with_mpi(0, files=(LIBMPI, "/usr/lib/libmpich.so.12")),
         "MPI",
         "two MPIs are loaded",
     ),
     "no MPI is found": (
-        replace(with_node("n1", mpi=Unknown("libmpi.so.40 is not found")), joined=None, ranks={}, trouble="it died"),
+        replace(
+            with_node("n1", mpi_library=Unknown("libmpi.so.40 is not found")), mpi=None, ranks={}, trouble="it died"
+        ),
         "ranks",
         "it died",
     ),
@@ -77,7 +79,7 @@ FAULTS: dict[str, tuple[Facts, str, str]] = {
         "n1 and n2",
     ),
     "PYTHONPATH hides a package": (
-        with_local(healthy(), environment={"PYTHONPATH": "/x"}, strangers={"torch": "/x/torch/__init__.py"}),
+        with_local(healthy(), environment={"PYTHONPATH": "/x"}, foreign_packages={"torch": "/x/torch/__init__.py"}),
         "variables",
         "/x/torch/__init__.py",
     ),
@@ -142,7 +144,7 @@ FAULTS: dict[str, tuple[Facts, str, str]] = {
         with_local(
             with_node("n1", infiniband={"mlx5_0:1": 2e11}),
             lambda rank: rank == 2,
-            of_node=with_node("n1", infiniband={"mlx5_0:1": 2e11}).ranks[0].local.of_node,
+            node_facts=with_node("n1", infiniband={"mlx5_0:1": 2e11}).ranks[0].local.node_facts,
         ),
         "links",
         "InfiniBand there has 200 Gbit/s",

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.drill.driving import Drill, Job
-from lockstep.drill.faults import FAULTS
-from lockstep.drill.processes import left_behind
+from lockstep.drill.drill import FAULTS, Drill, Job
+from lockstep.drill.processes import running_processes
 from tests.launching import ROOT, launch
 
 STALLED = Job(7, [(1009.0, "lockstep: the job stalled. rank 3: process 17 on n2 is stopped, in vote")], 1011.0)
@@ -59,7 +58,7 @@ def test_what_is_left_of_a_job_is_found() -> None:
         f"(exec -a '--run_dir {word}' sleep 20) & python -m lockstep.drill.processes '--run_dir {word}'; kill $!"
     )
     assert f"--run_dir {word} 20" in found.stdout
-    assert left_behind(word) == []
+    assert running_processes(word) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)

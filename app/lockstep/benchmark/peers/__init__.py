@@ -1,1 +1,1 @@
-"""The same trainings, written as the users of other means write them: programs that are started beside Lockstep."""
+"""The same trainings, written with other frameworks, in the style of their users. Each is a program of its own."""

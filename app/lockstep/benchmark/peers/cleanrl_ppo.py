@@ -1,4 +1,4 @@
-"""PPO as one file in one process, in the style of CleanRL: every detail in one place, an optimizer step a minibatch."""
+"""A peer: PPO in one file and one process, in the style of CleanRL."""
 
 import argparse
 from typing import Any
@@ -21,7 +21,7 @@ def initialised(layer: Any, gain: float = 2**0.5) -> Any:
 
 
 class Agent(nn.Module):
-    """Two networks of 64-64 tanh for vectors; for games one Nature CNN with two heads."""
+    """For vectors, two tanh networks with two hidden layers of 64 units; for games, a Nature CNN with two heads."""
 
     def __init__(self, shape: tuple[int, ...], num_actions: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Agent(nn.Module):
 
 
 def make_envs(arguments: argparse.Namespace) -> Any:
-    """A vector of environments: one after the other, or with `--vector fast`, for games, the one in C++."""
+    """A vector of environments that steps one after the other; for games, `--vector fast` takes the one in C++."""
     if not arguments.env_id.startswith(GAMES):
         make = [lambda: gym.make(arguments.env_id)] * arguments.num_envs
         return SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -117,7 +117,7 @@ def main() -> None:
             found, reward, terminated, truncated, info = envs.step(actions[step].cpu().numpy())
             reward = np.asarray(reward, dtype=np.float64)
             cut = np.flatnonzero(truncated & ~terminated)
-            if len(cut):  # by the limit of time: what would have come is worth something
+            if len(cut):  # truncated by the time limit: bootstrap from the value of the last state
                 last = np.stack([info["final_obs"][index] for index in cut])
                 with torch.no_grad():
                     reward[cut] += arguments.gamma * agent(torch.as_tensor(last, device=device))[1].cpu().numpy()
@@ -139,7 +139,7 @@ def learn(
     rollout: tuple[Tensor, ...],
     next_observation: Tensor,
 ) -> None:
-    """Advantages of one rollout, then its epochs."""
+    """Compute the advantages of one rollout, then train on it for all epochs."""
     observations, actions, log_probs, rewards, ends, values = rollout
     with torch.no_grad():
         next_value = agent(next_observation)[1]
@@ -165,7 +165,7 @@ def learn(
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             clipped = ratio.clamp(1 - arguments.clip, 1 + arguments.clip)
             policy_loss = -torch.min(advantage * ratio, advantage * clipped).mean()
-            # The mean square itself, as Stable-Baselines3 has it, for one meaning of the coefficient.
+            # Without CleanRL's factor 1/2, like Stable-Baselines3, so that the coefficient means the same.
             value_loss = (new_values - targets[chosen]).square().mean()
             loss = policy_loss - arguments.entropy * policy.entropy().mean() + arguments.value_coefficient * value_loss
             optimizer.zero_grad()

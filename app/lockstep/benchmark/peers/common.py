@@ -1,7 +1,7 @@
-"""What all peers have in common: network, data, batch, optimizer's settings, threads, and how they are timed.
+"""What all peers have in common: data, batch size, hyperparameters, threads, and how they are timed.
 
-The peers are what Lockstep's speed is compared with: the same training, written as the users of other means write it.
-`lockstep benchmark peers` starts them all in turn.
+A peer is the same training written with another framework, for comparing Lockstep's speed. `lockstep benchmark peers`
+starts them in turn.
 """
 
 import argparse
@@ -27,16 +27,16 @@ BATCH_SIZE_PER_RANK = 32
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-WINDOW = 10  # updates whose mean loss is looked at
-# Of the first loss: below this something is learned, and so worth timing. Not asked of the last loss, since one rank
-# alone, with 32 images in the whole batch, diverges at this learning rate after some 100 to 200 updates.
+WINDOW = 10  # updates over which losses are averaged
+# The lowest loss must fall below this part of the first one, or the peer does not learn. The last loss need not, since
+# a single rank, with a batch of 32, diverges at this learning rate after some 100 to 200 updates.
 LEARNED = 0.75
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """The digits that Lockstep trains on, each item made as torchvision's MNIST makes it: a PIL image, transformed."""
+    """The digits that Lockstep trains on. As in torchvision's MNIST, each item is a PIL image that is transformed."""
 
     def __init__(self) -> None:
         digits = load_digits(train=True)
@@ -52,20 +52,19 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.labels[index])
 
 
-def parse_args(description: str | None) -> argparse.Namespace:
-    """How many updates to train, how many of them before the clock starts, and whether to pin."""
+def peer_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of all peers: updates, warm-up updates, and whether to pin ranks to cores."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=100, help="timed updates (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=20, help="updates before those (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=20, help="updates before those, not timed (default: %(default)s)")
     parser.add_argument("--pin", action="store_true", help="keep each rank on its own share of the cores")
-    return parser.parse_args()
+    return parser
 
 
 def set_threads(pin: bool, local_rank: int, local_size: int) -> None:
-    """One thread of arithmetic; with `pin` on this local rank's share of the cores, the one that Lockstep gives it.
+    """Use one compute thread; with `pin`, on the cores that Lockstep would give to this local rank.
 
-    To be called before anything starts threads for communication: they inherit the cores of the thread that starts
-    them.
+    Call it before communication threads are started: they inherit the cores of the thread that starts them.
     """
     torch.set_num_threads(1)
     if pin:
@@ -82,11 +81,11 @@ def measure(
     num_ranks: int = 1,
     batch_size_per_rank: int = BATCH_SIZE_PER_RANK,
 ) -> None:
-    """Collective: train, and print on rank 0 how fast, as one line of JSON.
+    """Collective: train, and print the speed on rank 0 as one line of JSON.
 
     Args:
-        update: learns from one batch of images and labels, and gives its loss.
-        synchronise: returns once every rank has called it, so that the time is that of the slowest.
+        update: trains on one batch of images and labels, and returns its loss.
+        synchronise: a barrier, so that the time is that of the slowest rank.
     """
     batches = _endless(loader)
     losses: list[Tensor] = []

@@ -19,14 +19,14 @@ from lockstep.benchmark.peers.common import (
     WEIGHT_DECAY,
     Digits,
     measure,
-    parse_args,
+    peer_parser,
     set_threads,
 )
 from lockstep.models.net import Net
 
 
 def main() -> None:
-    arguments = parse_args(__doc__)
+    arguments = peer_parser(__doc__).parse_args()
     set_threads(arguments.pin, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -18,14 +18,14 @@ from lockstep.benchmark.peers.common import (
     WEIGHT_DECAY,
     Digits,
     measure,
-    parse_args,
+    peer_parser,
     set_threads,
 )
 from lockstep.models.net import Net
 
 
 def main() -> None:
-    arguments = parse_args(__doc__)
+    arguments = peer_parser(__doc__).parse_args()
     set_threads(arguments.pin, _from_launcher("LOCAL_RANK"), _from_launcher("LOCAL_SIZE"))
     hvd.init()
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _from_launcher(name: str) -> int:
-    """Known before `hvd.init()`, whose threads must be pinned, too."""
+    """Read a rank or size from the launcher's variables: cores must be pinned before `hvd.init()` starts threads."""
     return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ[f"HOROVOD_{name}"])
 
 

@@ -1,9 +1,9 @@
-"""A peer: PyTorch in one process, with nobody to talk to.
+"""A peer: PyTorch in one process, without communication.
 
 python -m lockstep.benchmark.peers.plain [--pin]
 
-Several copies at once are several processes that never talk: the limit for those that do. Each copy is told its
-LOCAL_RANK and LOCAL_WORLD_SIZE, and so which cores to be pinned to.
+Several copies at once show the limit for ranks that communicate. Each copy gets its LOCAL_RANK and LOCAL_WORLD_SIZE, by
+which it chooses its cores.
 """
 
 import os
@@ -20,14 +20,14 @@ from lockstep.benchmark.peers.common import (
     WEIGHT_DECAY,
     Digits,
     measure,
-    parse_args,
+    peer_parser,
     set_threads,
 )
 from lockstep.models.net import Net
 
 
 def main() -> None:
-    arguments = parse_args(__doc__)
+    arguments = peer_parser(__doc__).parse_args()
     set_threads(arguments.pin, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.manual_seed(0)
     loader = DataLoader(Digits(), BATCH_SIZE_PER_RANK, shuffle=True, drop_last=True)

@@ -1,4 +1,4 @@
-"""What the PPO peers have in common: arguments, the greedy evaluation and the line that is reported.
+"""What the PPO peers have in common: options, the greedy evaluation, and the reported result.
 
 `lockstep benchmark ppo` starts them in turn.
 """
@@ -16,24 +16,24 @@ from numpy.typing import NDArray
 
 GAMES = "ALE/"
 NUM_EPISODES = 100  # of one evaluation
-EVALUATION_SEED = 1_000_000  # far from the seeds that are trained with
+EVALUATION_SEED = 1_000_000  # differs from all seeds of the training
 
 Act = Callable[[NDArray[Any]], NDArray[Any]]  # greedy actions (n,) for observations (n, ...)
 
 
 def parse_args(description: str | None) -> argparse.Namespace:
-    """The defaults are those of Lockstep's preset `cartpole`."""
+    """Parse the options of the PPO peers, whose defaults are Lockstep's preset `cartpole`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--env-id", default="CartPole-v1")
     parser.add_argument("--num-envs", type=int, default=16)
-    parser.add_argument("--num-steps", type=int, default=64, help="of each environment in one rollout")
+    parser.add_argument("--num-steps", type=int, default=64, help="per environment and rollout")
     parser.add_argument("--total-steps", type=int, default=150_000, help="of all environments together")
     parser.add_argument("--num-minibatches", type=int, default=2)
     parser.add_argument("--num-epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--anneal", action="store_true", help="the learning rate, linearly to 0")
+    parser.add_argument("--anneal", action="store_true", help="decay the learning rate linearly to 0")
     parser.add_argument("--gamma", type=float, default=0.98)
     parser.add_argument("--gae-lambda", type=float, default=0.8)
     parser.add_argument("--clip", type=float, default=0.2)
@@ -42,7 +42,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
     parser.add_argument("--max-grad-norm", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it takes by itself")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: torch's default")
     parser.add_argument("--vector", choices=["plain", "fast"], default="plain", help="how environments are stepped")
     parser.add_argument("--warmup-updates", type=int, default=5, help="not timed")
     parser.add_argument("--until-return", type=float, help="stop at this mean return of a greedy evaluation")
@@ -54,10 +54,10 @@ def parse_args(description: str | None) -> argparse.Namespace:
 
 
 class Meter:
-    """Times the training alone, evaluates between updates, and reports.
+    """Times the training without evaluations, evaluates between updates, and reports.
 
     Attributes:
-        is_done: the return that was asked for has been reached.
+        is_done: whether the return of `--until-return` has been reached.
     """
 
     def __init__(self, arguments: argparse.Namespace, act: Act) -> None:
@@ -74,7 +74,7 @@ class Meter:
         self._started = time.perf_counter()
 
     def update_done(self) -> None:
-        """One rollout was collected and learned from."""
+        """Count one update: a rollout was collected and trained on."""
         arguments = self._arguments
         seconds = time.perf_counter() - self._started
         self._num_steps += self._batch_size
@@ -101,9 +101,9 @@ class Meter:
 
 
 def evaluate(env_id: str, act: Act) -> float:
-    """Mean return of `NUM_EPISODES` episodes, one in each environment, each with a seed of its own."""
+    """The mean return of `NUM_EPISODES` episodes, one per environment, each with another seed."""
     if env_id.startswith(GAMES):
-        raise SystemExit("--until-return is for classic control alone: 100 episodes of a game take too long")
+        raise SystemExit("--until-return is for classic control only: 100 episodes of a game take too long")
     envs = [gym.make(env_id) for _ in range(NUM_EPISODES)]
     observations = np.stack([env.reset(seed=EVALUATION_SEED + index)[0] for index, env in enumerate(envs)])
     returns = np.zeros(NUM_EPISODES)

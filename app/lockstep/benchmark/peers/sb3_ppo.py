@@ -1,4 +1,4 @@
-"""PPO of Stable-Baselines3, as its users write it. The package is no dependency: it must be on PYTHONPATH."""
+"""A peer: PPO of Stable-Baselines3, in the style of its users. The package must be on PYTHONPATH; see ppo_peers.py."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ from lockstep.benchmark.peers.ppo_common import GAMES, Meter, parse_args
 
 
 class Clock(BaseCallback):  # type: ignore[misc]  # of an untyped package
-    """Tells the meter when an update, a rollout and what is learned from it, is done."""
+    """Calls the meter after each update, that is, a rollout and the training on it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def main() -> None:
     model.learn(arguments.total_steps, callback=clock)
     assert clock.meter
     if not clock.meter.is_done:
-        clock.meter.update_done()  # the last one, after which no rollout begins
+        clock.meter.update_done()  # the last update, which no further rollout follows
     clock.meter.report()
     envs.close()
 

@@ -1,4 +1,4 @@
-"""How the doctor looks: with deadlines, and what it reads out of what others print."""
+"""The doctor's probes: their deadlines, and how they parse the output of other programs."""
 
 import os
 import signal
@@ -12,59 +12,63 @@ import psutil
 import pytest
 
 from lockstep.doctor.facts import Gpu, Unknown, View
-from lockstep.doctor.folder import see_the_same, try_folder
-from lockstep.doctor.forked_probe import Aside
-from lockstep.doctor.formatting import duration, nccl_version, numbers_in, size, some_of
-from lockstep.doctor.gathering import parse_gpus
-from lockstep.doctor.libraries import find_mpi
+from lockstep.doctor.findings import duration, nccl_version, numbers_in, size, some_of
+from lockstep.doctor.folder import compare_views, probe_folder
+from lockstep.doctor.forked_probe import ForkedProbe
+from lockstep.doctor.local_facts import (
+    find_mpi,
+    memory_left_in_cgroup,
+    parse_config,
+    parse_gpus,
+    parse_mpi_types,
+    parse_oneliner,
+)
 from lockstep.doctor.node_checks import visible_gpus
-from lockstep.doctor.resources import room_in
-from lockstep.doctor.round_robin import plan_rounds
-from lockstep.doctor.slurm import parse_lines, parse_mpi_types, parse_words
+from lockstep.doctor.rank_probe import round_robin
 from lockstep.runtime.installation import read_installation
 from tests.unit.doctor.facts import healthy, with_local
 
 GPUS = [Gpu(f"GPU-{letter}", "NVIDIA H100 80GB HBM3", 4 << 20, 81559 << 20) for letter in "abc"]
 
 
-def test_what_hangs_aside_is_given_up_and_ended() -> None:
+def test_a_probe_that_hangs_is_given_up_and_killed() -> None:
     before = psutil.Process().children()
     started = time.monotonic()
-    aside = Aside(lambda _: time.sleep(60))
+    probe = ForkedProbe(lambda _: time.sleep(60))
     with pytest.raises(TimeoutError):
-        aside.receive(0.2)
-    aside.end()
+        probe.receive(0.2)
+    probe.end()
     assert time.monotonic() - started < 5
     _, alive = psutil.wait_procs(set(psutil.Process().children()) - set(before), timeout=5)
     assert alive == []
 
 
-def test_what_dies_aside_leaves_its_last_words() -> None:
-    def task(line: Connection) -> None:
-        line.send(line.recv() + 1)
+def test_a_probe_that_dies_leaves_its_last_output() -> None:
+    def task(connection: Connection) -> None:
+        connection.send(connection.recv() + 1)
         os.write(1, b"not to be seen")
         os.write(2, b"out of luck\n")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    aside = Aside(task)
-    aside.send(41)
-    assert aside.receive(10) == 42
+    probe = ForkedProbe(task)
+    probe.send(41)
+    assert probe.receive(10) == 42
     with pytest.raises(EOFError):
-        aside.receive(10)
-    assert aside.last_words() == "out of luck\n"
-    aside.end()
+        probe.receive(10)
+    assert probe.last_output() == "out of luck\n"
+    probe.end()
 
 
-def test_an_error_aside_is_among_its_last_words() -> None:
-    aside = Aside(lambda _: 1 / 0)
+def test_an_error_in_a_probe_is_in_its_last_output() -> None:
+    probe = ForkedProbe(lambda _: 1 / 0)
     with pytest.raises(EOFError):
-        aside.receive(10)
-    assert "ZeroDivisionError" in aside.last_words()
-    aside.end()
+        probe.receive(10)
+    assert "ZeroDivisionError" in probe.last_output()
+    probe.end()
 
 
-def test_a_good_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    folder = try_folder(tmp_path / "not" / "yet")
+def test_a_good_folder_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
+    folder = probe_folder(tmp_path / "not" / "yet")
     assert (folder.path, folder.wrong) == (str(tmp_path), "")
     assert folder.has_locks
     assert folder.free > 0
@@ -72,18 +76,18 @@ def test_a_good_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_none_is_told() -> None:
-    assert try_folder(Path("/dev/null/runs")).wrong == "cannot make a folder: Not a directory"
+def test_a_folder_that_cannot_exist_is_reported() -> None:
+    assert probe_folder(Path("/dev/null/runs")).wrong == "cannot make a folder: Not a directory"
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_nodes_see_the_same_in_a_folder_that_they_share_alone(is_shared: bool, tmp_path: Path) -> None:
-    meet = Barrier(3)
+    barrier = Barrier(3)
     views: list[View] = []
 
     def look(node: int) -> None:
         trial = tmp_path / ("shared" if is_shared else f"of-{node}") / "trial"
-        views.extend(see_the_same(trial, node, ["n1", "n2", "n3"], meet.wait))
+        views.extend(compare_views(trial, node, ["n1", "n2", "n3"], barrier.wait))
 
     threads = [Thread(target=look, args=(node,)) for node in range(3)]
     for thread in threads:
@@ -100,7 +104,7 @@ def test_nodes_see_the_same_in_a_folder_that_they_share_alone(is_shared: bool, t
 
 @pytest.mark.parametrize("num_nodes", range(1, 10))
 def test_in_rounds_each_pair_of_nodes_measures_once_and_no_node_twice(num_nodes: int) -> None:
-    rounds = plan_rounds(num_nodes)
+    rounds = round_robin(num_nodes)
     assert sorted(pair for pairs in rounds for pair in pairs) == list(combinations(range(num_nodes), 2))
     for pairs in rounds:
         members = [node for pair in pairs for node in pair]
@@ -134,14 +138,14 @@ def test_a_rank_sees_the_gpus_that_cuda_shows_it(value: str | None, expected: st
 
 
 def test_scontrol_is_read() -> None:
-    job = parse_words(
+    job = parse_oneliner(
         "JobId=5 JobName=j.sh UserId=root(0) Requeue=1 BatchFlag=1 ExitCode=0:0 TimeLimit=00:10:00 "
         "EndTime=2026-11-25T02:56:08 Partition=main CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=2,node=1,billing=2 "
         "Command=/home/me/a job.sh WorkDir=/home/me Power= "
     )
     assert (job["Requeue"], job["Partition"], job["EndTime"]) == ("1", "main", "2026-11-25T02:56:08")
     assert (job["TRES"], job["Command"], job["Power"]) == ("cpu=2,node=1,billing=2", "/home/me/a job.sh", "")
-    config = parse_lines("KillOnBadExit           = 0\nKillWait                = 5 sec\nSlurmctldHost[0] = vm(1)\n")
+    config = parse_config("KillOnBadExit           = 0\nKillWait                = 5 sec\nSlurmctldHost[0] = vm(1)\n")
     assert (config["KillOnBadExit"], config["KillWait"]) == ("0", "5 sec")
 
 
@@ -157,12 +161,12 @@ def test_the_limit_of_a_cgroup_counts_what_can_be_given_back(tmp_path: Path) -> 
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\n")
-    assert room_in(tmp_path) == 600
+    assert memory_left_in_cgroup(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
-    assert room_in(tmp_path) > 1 << 60
+    assert memory_left_in_cgroup(tmp_path) > 1 << 60
 
 
-def test_words() -> None:
+def test_wording() -> None:
     assert [nccl_version(code) for code in (23007, 21805, 2804)] == ["2.30.7", "2.18.5", "2.8.4"]
     assert numbers_in("Open MPI v5.0.11, package") == (5, 0, 11)
     assert numbers_in("MPI") == ()

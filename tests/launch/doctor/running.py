@@ -1,4 +1,4 @@
-"""Calls the doctor, and reads what it says."""
+"""Run the doctor, and read its output."""
 
 import os
 import re
@@ -19,20 +19,20 @@ UNKNOWN_TO_MPI = "env -u PMIX_NAMESPACE -u PMIX_RANK " + " ".join(
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make namespaces")
 
 
-def see_the_doctor(command: str, cwd: Path, environment: Mapping[str, str] | None = None, looks: int = 3) -> Finished:
-    """What the doctor says, in time. If other processes got in its way it looks again, so many times in all."""
-    for _ in range(looks):
+def run_doctor(command: str, cwd: Path, environment: Mapping[str, str] | None = None, tries: int = 3) -> Finished:
+    """What the doctor says, in time. If other processes got in its way it tries again, so many times in all."""
+    for _ in range(tries):
         finished = launch(command, timeout_seconds=60, cwd=cwd, environment=environment)
         if "took too long to load" not in finished.stdout and "speed" not in faults_of(finished):
             break
     assert finished.stdout.count("Launch line: ") == 1, finished.output
-    (seconds,) = re.findall(r"; looked at in (\S+) s$", finished.stdout, re.MULTILINE)
+    (seconds,) = re.findall(r"; checked in (\S+) s$", finished.stdout, re.MULTILINE)
     assert float(seconds) < SECONDS, finished.output
     return finished
 
 
 def faults_of(finished: Finished) -> dict[str, str]:
-    """What was found, by check."""
+    """The text of each fault, by check."""
     return dict(re.findall(r"^  FAULT +(\S+(?: \S+)*?)  +(.*)$", finished.stdout, re.MULTILINE))
 
 
