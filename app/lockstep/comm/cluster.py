@@ -61,6 +61,11 @@ class Cluster(Collectives):
     @staticmethod
     def _start_mpi() -> "Cluster":
         mpi = MPI.COMM_WORLD
+        if mpi.size > 1 and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            message = (
+                "MPI was initialised without THREAD_MULTIPLE, which Horovod's thread needs: let mpi4py initialise it"
+            )
+            raise SettingsError(message).as_shared()
         node = mpi.Split_type(MPI.COMM_TYPE_SHARED)
         device = choose_device(node.allgather, node.rank, with_gpus=hvd.nccl_built())
         bind_to_cores(node.allgather, node.rank, device)  # before Horovod's thread starts, which inherits the binding
@@ -152,9 +157,14 @@ class Cluster(Collectives):
             raise SettingsError(message).as_shared()
         return self.backend.mpi
 
-    def stop(self) -> None:
-        """Collective: leave the job when every rank is ready to."""
+    def leave(self) -> None:
+        """Collective: stop Horovod when every rank is ready to. With MPI, `start` can be called again."""
         self.backend.leave()
+
+    def stop(self) -> None:
+        """Collective: leave the job for good."""
+        self.leave()
+        MPI.Finalize()
 
     @contextmanager
     def without_horovod(self) -> Iterator[None]:

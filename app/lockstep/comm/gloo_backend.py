@@ -13,8 +13,6 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
-from lockstep.comm.mpi_library import MPI
-
 T = TypeVar("T")
 
 NUM_PENDING_VOTES = 4  # Horovod tells collectives that are pending at the same time apart by their names
@@ -87,7 +85,6 @@ class GlooBackend:
             with suppress(HorovodInternalError):
                 self.barrier()  # horovodrun ends all others as soon as one has left, and rank 0 may still have to print
         hvd.shutdown()
-        MPI.Finalize()
 
 
 def _open_sockets() -> dict[int, str]:

@@ -86,4 +86,3 @@ class MpiBackend:
 
     def leave(self) -> None:
         hvd.shutdown()
-        MPI.Finalize()

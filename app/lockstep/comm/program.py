@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.mpi_library import abort_job, rank_in_job, size_of_job
@@ -21,18 +22,18 @@ JOIN_SECONDS = 300.0
 REPORT_SECONDS = 3.0  # for the process that prints an error: launchers end all processes as soon as one has left
 
 
-def run_program(main: Callable[[Cluster], None]) -> None:
+def run_program(main: Callable[[Cluster], object]) -> None:
     """Collective: run `main` on every rank and exit; an error on any rank is printed once and ends all ranks."""
     cluster: Cluster | None = None
     try:
-        with _deadline_to_join():
+        with deadline_to_join():
             cluster = Cluster.start()
         main(cluster)
     except SystemExit as request:  # --help and --print_config, on all ranks
         _leave(cluster, request.code)
     except LockstepError as error:
         if not error.shared:
-            _abort(str(error), error.exit_code)
+            abort(str(error), error.exit_code)
         launcher = detect_launcher(os.environ)
         if reports_errors(launcher, rank_in_job(), size_of_job()):
             tell(str(error))
@@ -40,24 +41,24 @@ def run_program(main: Callable[[Cluster], None]) -> None:
             _wait_for_report(error.exit_code)
         _leave(cluster, error.exit_code)
     except KeyboardInterrupt:
-        _abort("interrupted", ExitCode.INTERRUPTED)
+        abort("interrupted", ExitCode.INTERRUPTED)
     except BaseException as error:
         # A HorovodInternalError mostly follows from another rank's error, which should be printed first.
         delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0
-        _abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)
+        abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)
     else:
         _leave(cluster, ExitCode.DONE)
 
 
 @contextlib.contextmanager
-def _deadline_to_join() -> Iterator[None]:
+def deadline_to_join() -> Iterator[None]:
     """Abort if the ranks have not all joined in time. After that the run's watchdog notices stalls."""
 
     def give_up() -> None:
         doctor = suggest("doctor")
         why = f"the ranks have not all come together within {JOIN_SECONDS:.0f} s; {doctor} tells why"
         try:
-            _abort(f"{platform.node()}: {why}", ExitCode.STALLED)
+            abort(f"{platform.node()}: {why}", ExitCode.STALLED)
         finally:
             os._exit(ExitCode.STALLED)
 
@@ -84,7 +85,7 @@ def _wait_for_report(code: ExitCode) -> None:
     time.sleep(REPORT_SECONDS)
 
 
-def _abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> None:
+def abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> NoReturn:
     """Print this rank's `message` and end the whole job.
 
     When several ranks fail at once, only the lowest of them should print: each waits a little longer than the one

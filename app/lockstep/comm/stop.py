@@ -6,6 +6,7 @@ ends stops early enough to save by itself.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ class StopRequests:
         """
         self.received = 0
         self._say = say
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
+            for number in SIGNALS:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = max(self.received, number)

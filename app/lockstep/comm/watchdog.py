@@ -49,12 +49,14 @@ class Watchdog:
         size: int,
         limit_seconds: float,
         abort: Callable[[int], None],
+        raise_stall: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             folder: for the records of all ranks; exists and is empty.
             limit_seconds: how long the main thread may record nothing; 0: only record, do not watch.
             abort: called with an exit code, ends every rank of the job.
+            raise_stall: called with the verdict instead of ending the job, where that is possible.
 
         Raises:
             OSError: the record's file cannot be made.
@@ -63,6 +65,7 @@ class Watchdog:
         self._rank = rank
         self._limit = limit_seconds
         self._abort = abort
+        self._raise_stall = raise_stall
         self._closed = threading.Event()
         recorder.write_to(record_path(folder, rank), rank, size)
         self._stacks = record_path(folder, rank).with_suffix(".stacks").open("w")
@@ -86,8 +89,15 @@ class Watchdog:
                 seconds_silent += look
             limit = max(self._limit, MIN_START_SECONDS) if self._recorder.is_starting else self._limit
             if seconds_silent >= limit:
-                self._end_stall()
+                self._end_stall() if self._raise_stall is None else self._tell_stall(self._raise_stall)
                 return
+
+    def _tell_stall(self, raise_stall: Callable[[str], None]) -> None:
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        text = verdict(read_heartbeats(self._folder), time.time())
+        with suppress(OSError):
+            (self._folder / VERDICT).write_text(text + "\n")
+        raise_stall(text)
 
     def _end_stall(self) -> None:
         last_resort = threading.Timer(MAX_SECONDS, os._exit, (ExitCode.STALLED,))  # if the file system hangs, too

@@ -79,6 +79,12 @@ class StoppedError(LockstepError):
     exit_code = ExitCode.STOPPED
 
 
+class StalledError(LockstepError):
+    """A run in a user's own program of one rank did nothing for too long; other runs are ended with this exit code."""
+
+    exit_code = ExitCode.STALLED
+
+
 class StorageError(LockstepError):
     """A run folder or file that cannot be written or read."""
 

@@ -3,9 +3,10 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.elastic import GenerationVote, run_elastic
+from lockstep.comm.elastic import GenerationVote, HostUpdates, run_elastic
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
 from lockstep.comm.mpi_library import abort_job
 from lockstep.comm.program import tell
@@ -28,35 +29,53 @@ from lockstep.training.trainer import Trainer
 SECONDS_FOR_A_LOCK = 120.0  # of a lost rank 0, which a file server may keep
 
 
-def run(cluster: Cluster, hooks: Sequence[TrainerHook] = ()) -> None:
-    """Collective: one run, from its settings to its merged model; `hooks` are called on the way."""
+Read = Callable[[], tuple[Settings, bool]]
+"""Gives a run's settings, and whether it is resumed: called on rank 0."""
+
+
+def run(
+    cluster: Cluster,
+    hooks: Sequence[TrainerHook] = (),
+    read: Read = parse_settings,
+    raise_stall: Callable[[str], None] | None = None,
+) -> Path:
+    """Collective: one run, from its settings to its merged model; `hooks` are called on the way.
+
+    Args:
+        raise_stall: see `Watchdog`.
+
+    Returns:
+        The run folder.
+    """
     started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
     state = ElasticState()
 
-    def ends(settings: Settings) -> float | None:
-        return end_time(settings.stop.after_minutes, started)
+    def vote(generation: Cluster, settings: Settings, hosts: HostUpdates | None = None) -> StopVote:
+        end = end_time(settings.stop.after_minutes, started)
+        return GenerationVote(generation, requests, end, hosts) if hosts else StopVote(generation, requests, end)
+
+    def train_generation(generation: Cluster, hosts: HostUpdates | None = None) -> None:
+        train(generation, state, read, lambda settings: vote(generation, settings, hosts), hooks, raise_stall)
 
     if cluster.is_elastic:
-        run_elastic(
-            cluster,
-            lambda generation, hosts: train(
-                generation, state, lambda settings: GenerationVote(generation, requests, ends(settings), hosts), hooks
-            ),
-            state.leave,
-        )
+        run_elastic(cluster, train_generation, state.leave)
     else:
-        train(cluster, state, lambda settings: StopVote(cluster, requests, ends(settings)), hooks)
+        train_generation(cluster)
+    assert state.run
+    return state.run.folder.path
 
 
 def train(
     cluster: Cluster,
     state: ElasticState,
+    read: Read,
     vote: Callable[[Settings], StopVote],
     hooks: Sequence[TrainerHook] = (),
+    raise_stall: Callable[[str], None] | None = None,
 ) -> None:
     """Collective: train from the beginning, a checkpoint or an earlier generation's state, to the merged model."""
     known = state.run_of(cluster)
-    settings, resume = (known.settings, known.resume) if known else cluster.on_root(parse_settings)
+    settings, resume = (known.settings, known.resume) if known else cluster.on_root(read)
     if cluster.is_elastic:
         check_elastic(settings)
     if settings.checks.deterministic:
@@ -64,9 +83,7 @@ def train(
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
-    RankGrid.of(
-        settings, cluster.rank, cluster.size
-    )  # before a folder is made: refuse a number of ranks that does not fit
+    RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit must not leave a folder
     begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = begun.folder
     if begun.is_finished:
@@ -76,7 +93,7 @@ def train(
     with contextlib.ExitStack() as stack:
         cluster.on_root(lambda: stack.enter_context(folder.locked(SECONDS_FOR_A_LOCK if known else 0.0)))
         cluster.on_root(folder.begin_recording)
-        watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds))
+        watchdog = cluster.on_every_rank(lambda: watch(cluster, folder, settings.stall.limit_seconds, raise_stall))
         stack.callback(watchdog.close)
         inventory = take_inventory(cluster)
         if cluster.is_root and not settings.quiet:
@@ -93,14 +110,18 @@ def train(
         cluster.on_root(lambda: _finish(folder, merged, evaluation, trainer, ranks))
 
 
-def watch(cluster: Cluster, folder: RunFolder, limit_seconds: float) -> Watchdog:
+def watch(
+    cluster: Cluster, folder: RunFolder, limit_seconds: float, raise_stall: Callable[[str], None] | None = None
+) -> Watchdog:
     """Write this rank's flight record to `folder`, and start the watchdog, which ends a stalled job.
 
     Raises:
         StorageError: the record cannot be written.
     """
     with storage_errors():
-        return Watchdog(cluster.recorder, folder.recorder, cluster.rank, cluster.size, limit_seconds, abort_job)
+        return Watchdog(
+            cluster.recorder, folder.recorder, cluster.rank, cluster.size, limit_seconds, abort_job, raise_stall
+        )
 
 
 def merge_into(folder: RunFolder, cluster: Cluster, trainer: Trainer) -> TensorFileWriter | None:

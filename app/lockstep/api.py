@@ -1,0 +1,119 @@
+"""The public API, which `import lockstep` gives by name: docs/api.md has an example of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lockstep.comm.cluster import Cluster  # isort: skip  MPI before Horovod
+import json
+
+from torch import nn
+
+from lockstep.comm.session import session, stall_handler
+from lockstep.settings import Settings
+from lockstep.settings.reading import parse_settings
+from lockstep.tasks.task import Evaluation, Task
+from lockstep.training.build import build_task
+from lockstep.training.hooks import TrainerHook
+from lockstep.training.run import run
+from lockstep.training.run_folder import SUMMARY, RunFolder, load_into, storage_errors
+
+
+def read_settings(*options: str) -> Settings:
+    """Read settings as `lockstep train` does: from the environment, a preset or file, and options.
+
+    Args:
+        options: as typed on a command line: `read_settings("--config", "reference", "--num_epochs", "2")`.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong.
+    """
+    return parse_settings(options)[0]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The folder of a finished run.
+
+    Attributes:
+        path: the run folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings that it was trained with."""
+        return RunFolder.open(self.path).load_settings()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json has: scores, numbers of parameters, ranks and updates, seconds by phase."""
+        with storage_errors():
+            found: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
+        return found
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The points of the curves, in order: `kind` (train or held_out), `step`, `epoch`, `samples`, and metrics."""
+        with storage_errors():
+            return [json.loads(line) for line in RunFolder(self.path).metrics.read_text().splitlines()]
+
+
+def train(settings: Settings, resume: bool = False, hooks: Sequence[TrainerHook] = ()) -> FinishedRun:
+    """Collective: train one run on all ranks of this job, and merge its model on rank 0.
+
+    The process is left as it was found: signal handlers, CPU binding, threads, deterministic mode and random state are
+    restored, MPI is not finalised. Several runs may follow each other, except in a job that Gloo has started.
+
+    Args:
+        settings: rank 0's count.
+        resume: continue the run in `settings.run_dir` from its last checkpoint.
+        hooks: called on the way, on every rank.
+
+    Raises:
+        LockstepError: on every rank. An error that only one of several ranks has is printed, and the job is aborted.
+        StoppedError: SIGUSR1, SIGTERM, Ctrl-C or the end of the job's time stopped it, and it was saved.
+        StalledError: of one rank, nothing happened for `stall.limit_seconds`.
+    """
+    with session() as cluster:
+        return FinishedRun(run(cluster, hooks, lambda: (settings, resume), stall_handler(cluster)))
+
+
+def evaluate(path: Path | str, trust: bool = False) -> Evaluation:
+    """Collective: score the merged model of a finished run on its held-out data or in seeded episodes, on all ranks.
+
+    Args:
+        path: the run folder, which all ranks must see.
+        trust: import code that another user's settings name.
+
+    Raises:
+        StorageError: the run is not finished.
+    """
+    with session() as cluster:
+        task, model = _load(Path(path), trust, cluster)
+        return task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
+
+
+def load_model(path: Path | str, trust: bool = False) -> nn.Module:
+    """Load the merged model of a finished run, on the CPU and in evaluation mode. Not a collective.
+
+    Args:
+        path: the run folder.
+        trust: import code that another user's settings name.
+
+    Raises:
+        StorageError: the run is not finished, or its model was altered.
+    """
+    return _load(Path(path), trust, Cluster.alone())[1].eval()
+
+
+def _load(path: Path, trust: bool, cluster: Cluster) -> tuple[Task, nn.Module]:
+    """Collective: build the task of a finished run, and load its merged model."""
+    settings = cluster.on_root(lambda: RunFolder.open(path).load_settings(trust))
+    task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
+    model = task.build_model()
+    cluster.on_every_rank(lambda: load_into(model, RunFolder(path)))
+    return task, model
