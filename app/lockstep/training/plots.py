@@ -4,19 +4,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # before pyplot is imported: no display is needed
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure  # not pyplot, whose backend is the user's own choice in a notebook
 from torch import Tensor
 
 
 def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str) -> None:
     """Plot the metrics `names` of metrics.jsonl over the number of `samples` (their name), as a PNG."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         for kind, style in (("train", "-"), ("held_out", "o-")):
             chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
@@ -29,16 +26,14 @@ def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str
         if name == "loss":
             axis.set_yscale("log")
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def plot_mistakes(images: Tensor, titles: Sequence[str], picture: Path, heading: str) -> None:
     """Plot a grid of (n, channels, height, width) uint8 `images` with their titles, as a PNG."""
     num_columns = 8
     num_rows = max(1, -(-len(images) // num_columns))
-    figure, axes = plt.subplots(
-        num_rows, num_columns, figsize=(1.5 * num_columns, 1.9 * num_rows + 0.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(1.5 * num_columns, 1.9 * num_rows + 0.5), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images.cpu().to(torch.uint8), titles, strict=False):
@@ -46,4 +41,3 @@ def plot_mistakes(images: Tensor, titles: Sequence[str], picture: Path, heading:
         axis.set_title(title, fontsize=9)
     figure.suptitle(heading)
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
