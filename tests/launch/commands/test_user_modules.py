@@ -63,8 +63,12 @@ TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
 
 @pytest.mark.parametrize(
     "program",
-    [f"python {TRAIN}", f"mpirun -np 2 python {TRAIN}", "mpirun -np 2 lockstep train", "python -m lockstep train"],
-    ids=["python", "mpirun", "lockstep", "-m"],
+    [
+        pytest.param(f"python {TRAIN}", id="python", marks=pytest.mark.thorough),
+        pytest.param(f"mpirun -np 2 python {TRAIN}", id="mpirun"),
+        pytest.param("mpirun -np 2 lockstep train", id="lockstep", marks=pytest.mark.thorough),
+        pytest.param("python -m lockstep train", id="-m", marks=pytest.mark.thorough),
+    ],
 )
 def test_whatever_a_users_modules_are_called_they_are_found(program: str, tmp_path: Path) -> None:
     for name in NAMES:

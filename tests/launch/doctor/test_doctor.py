@@ -51,6 +51,7 @@ def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> 
     assert re.fullmatch(r"mpirun -np \d+ python app/train.py", without_folder(report["launch_line"]))
 
 
+@pytest.mark.thorough
 def test_help_is_said_once(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 2 {DOCTOR} --help", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0
@@ -68,6 +69,7 @@ def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) ->
     assert "mixed MPIs: mpirun of Open MPI started 3 processes" in faults["launcher"]
 
 
+@pytest.mark.thorough
 def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     libmpi = tmp_path / "libmpi.so.40"
     subprocess.run(["g++", "-shared", "-xc++", "-", "-Wl,-soname,libmpi.so.40", "-o", libmpi], input=b"", check=True)
@@ -81,6 +83,7 @@ def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     assert launch_line_of(finished).startswith("env -u LD_LIBRARY_PATH ")
 
 
+@pytest.mark.thorough
 def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     venv.mkdir()
@@ -93,6 +96,7 @@ def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
     assert "the environment was built for Open MPI 4.1.4, and Open MPI v5" in faults_of(finished)["MPI"]
 
 
+@pytest.mark.thorough
 @as_root
 def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     """NCCL with another number in it, in the place of torch's own."""
@@ -109,6 +113,7 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     assert "and 2.18.5 is loaded" in faults["NCCL"]
 
 
+@pytest.mark.thorough
 def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
     (tmp_path / "mine" / "numpy").mkdir(parents=True)
     (tmp_path / "mine" / "numpy" / "__init__.py").touch()
@@ -129,6 +134,7 @@ def test_ranks_that_are_stacked_on_one_core(tmp_path: Path) -> None:
     assert "mpirun -np 2 --bind-to none python" in launch_line_of(finished)
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     """Of a machine whose nvidia-smi lists two."""
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -142,6 +148,7 @@ def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     assert "ranks 0-1 share GPU GPU-b" in faults_of(finished)["GPUs"]
 
 
+@pytest.mark.thorough
 def test_few_open_files(tmp_path: Path) -> None:
     finished = see_the_doctor(f"ulimit -n 64; {DOCTOR}", tmp_path)
     assert finished.returncode == 8
@@ -157,9 +164,22 @@ def test_few_open_files(tmp_path: Path) -> None:
             "/dev/shm",
             "1 MiB of 1 MiB are free, and 1 rank must have 64 MiB",
         ),
-        ("mount --bind meminfo /proc/meminfo", "memory", "293 MiB are left for 1 rank"),
-        ("mount -t tmpfs -o ro tmpfs runs", "folder", "runs (tmpfs): cannot make a folder: Read-only file system"),
-        ("mount -t tmpfs -o size=512k tmpfs runs", "folder", "runs (tmpfs): cannot write: No space left on device"),
+        pytest.param(
+            *("mount --bind meminfo /proc/meminfo", "memory", "293 MiB are left for 1 rank"),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            *("mount -t tmpfs -o ro tmpfs runs", "folder", "runs (tmpfs): cannot make a folder: Read-only file system"),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            *(
+                "mount -t tmpfs -o size=512k tmpfs runs",
+                "folder",
+                "runs (tmpfs): cannot write: No space left on device",
+            ),
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["little shared memory", "little memory", "a read-only folder", "a full folder"],
 )
@@ -173,6 +193,7 @@ def test_a_machine_that_lacks_something(planted: str, check: str, what: str, tmp
     assert what in faults_of(finished)[check]
 
 
+@pytest.mark.thorough
 @as_root
 @pytest.mark.skipif(not shutil.which("mkfs.ext4") or not Path("/dev/loop-control").exists(), reason="no loop devices")
 def test_a_folder_that_hangs(tmp_path: Path) -> None:

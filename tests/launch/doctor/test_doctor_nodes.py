@@ -34,6 +34,7 @@ def _computing_on(cpus: list[int], num_processes: int) -> Iterator[None]:
             process.wait()
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
     assert launch_line_of(finished) == "mpirun -np 2 --host node0:1,node1:1 python app/train.py"
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path: Path) -> None:
@@ -65,6 +67,7 @@ def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path:
     assert "between node0 and node1: 0.0" in faults["links"]
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
@@ -98,6 +101,7 @@ def test_a_healthy_job_of_slurm_passes(slurm: SlurmCluster, tmp_path: Path) -> N
     assert launch_line_of(finished).startswith(f"srun --mpi={_pmi()} --nodes=2 --ntasks=2 ")
 
 
+@pytest.mark.thorough
 def test_srun_that_does_not_tell_mpi_is_refused_with_the_right_line(slurm: SlurmCluster, tmp_path: Path) -> None:
     finished = _in_slurm(slurm, "--mpi=none", tmp_path)
     assert finished.returncode == 8

@@ -15,11 +15,11 @@ ONE_EPOCH = "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.sch
 @pytest.mark.parametrize(
     "settings",
     [
-        "--precision bf16",
-        "--gradient.wire bf16",
+        pytest.param("--precision bf16", marks=pytest.mark.thorough),
+        pytest.param("--gradient.wire bf16", marks=pytest.mark.thorough),
         "--gradient.wire fp16 --gradient.bucket_mib 0.05",
-        "--gradient.reduction adasum",
-        "--gradient.num_micro_batches 3 --model.channels_last false",
+        pytest.param("--gradient.reduction adasum", marks=pytest.mark.thorough),
+        pytest.param("--gradient.num_micro_batches 3 --model.channels_last false", marks=pytest.mark.thorough),
     ],
 )
 def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
@@ -31,6 +31,7 @@ def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights} == {torch.float32}
 
 
+@pytest.mark.thorough
 def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     trained = launch(f"python {ONE_EPOCH} --precision bf16 --run_dir {tmp_path}/run")
     evaluated = launch(f"lockstep evaluate {tmp_path}/run")
@@ -39,6 +40,7 @@ def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     assert line in evaluated.stdout
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: Path) -> None:
     """Twenty updates in float64, without dropout, since compiled models draw other random numbers."""
     quick = "--data.name synthetic --data.num_samples 160 --data.batch_size 16 --num_epochs 2 --evaluate_every 0"
@@ -64,6 +66,7 @@ def test_every_rank_has_cpus_of_its_own_whatever_the_launcher_did(tmp_path: Path
     assert not set(first["cpus"]) & set(second["cpus"])
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
     finished = launch(f"taskset -c 1 mpirun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")

@@ -17,6 +17,7 @@ def _summary(run: Path) -> dict[str, float]:
     return summary
 
 
+@pytest.mark.thorough
 def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
     """The first command of docs/agents.md: at least 475 over 100 episodes. Then the merged policy, on two ranks."""
     command, *_, evaluate = [line.split("  #")[0] for line in block_of(DOC, "bash", "env/run horovodrun").splitlines()]
@@ -55,8 +56,8 @@ def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     ("preset", "settings"),
     [
         ("pong", "--ppo.total_steps 256 --ppo.num_steps 16"),
-        ("racetrack", "--ppo.total_steps 256 --ppo.num_steps 16 " + BRIEF),
-        ("highway", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF),
+        pytest.param("racetrack", "--ppo.total_steps 256 --ppo.num_steps 16 " + BRIEF, marks=pytest.mark.thorough),
+        pytest.param("highway", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF, marks=pytest.mark.thorough),
     ],
 )
 def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path: Path) -> None:
@@ -74,7 +75,11 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
     ("settings", "message"),
     [
         ("--env.id Nowhere-v0 --model.name mlp", "env.id is Nowhere-v0: it cannot be made"),
-        ("--env.id CartPole-v1 --model.name nature_cnn", "it takes images, and observations are (4,): use mlp"),
+        pytest.param(
+            "--env.id CartPole-v1 --model.name nature_cnn",
+            "it takes images, and observations are (4,): use mlp",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: Path) -> None:
@@ -84,6 +89,7 @@ def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: P
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.thorough
 def test_a_run_of_one_task_is_not_evaluated_as_another(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
     assert launch(f"python app/train.py {quick} --run_dir {tmp_path}/run").returncode == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch, slowness
 
 TRAIN = f"{ROOT}/app/train.py"
 COMMON = ["--data.name", "synthetic", "--data.num_samples", "640", "--data.batch_size", "64", "--num_epochs", "2"]
@@ -68,6 +68,7 @@ def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> 
     assert digests[0] == digests[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("prefix", "settings", "phase"),
     [
@@ -90,6 +91,7 @@ def test_whatever_the_strategy_and_the_launcher(
     assert ("ms an update" in output) == ("--quiet" not in settings)
 
 
+@pytest.mark.thorough
 def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
     settings = ["--config", "cartpole", "--ppo.total_steps", "512", "--ppo.num_steps", "8", "--profile", "3-4"]
     finished = launch(
@@ -101,9 +103,10 @@ def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
     assert "steps of the environments" in {share["name"] for share in table["phases"]}
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopping = ["--num_epochs", "100000", "--stop.after_minutes", "0.25", "--stop.margin_seconds", "1"]
+    stopping = ["--num_epochs", "100000", "--stop.after_minutes", f"{0.25 * slowness()}", "--stop.margin_seconds", "1"]
     stopping += ["--profile", "9-999999"]
     finished = launch(["python", TRAIN, *COMMON, *stopping, "--run_dir", str(run)], timeout_seconds=120)
     assert finished.returncode == 75, finished.output
