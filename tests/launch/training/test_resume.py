@@ -15,7 +15,7 @@ from tests.launching import ENVIRONMENT, ROOT, launch, running, slowness
 TRAIN = ROOT / "app" / "train.py"
 LAUNCH = f"horovodrun -np 2 python {shlex.quote(str(TRAIN))}"
 SHORT = "--num_epochs 2 --checkpoint.interval 20"
-QUICK = "--data.name synthetic --data.num_samples 480 --data.batch_size 16"
+QUICK = "--data.name synthetic --data.num_samples 480 --data.batch_size 16 --optimizer.learning_rate 0.001"
 
 
 def _sha256(file: Path) -> str:
@@ -42,7 +42,7 @@ def _kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
 
 
 def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) -> None:
-    short = f"{QUICK} --num_epochs 6 --checkpoint.interval 20"  # 180 updates
+    short = f"{QUICK} --num_epochs 4 --checkpoint.interval 20"  # 120 updates
     never = launch(f"{LAUNCH} {short} --run_dir never", cwd=tmp_path)
     assert never.returncode == 0, never.output
     _kill_after_a_checkpoint(f"{LAUNCH} {short} --run_dir stopped", tmp_path / "stopped", tmp_path)
