@@ -15,6 +15,7 @@ from tests.launch.doctor.looking import (
     DOCTOR,
     SECONDS,
     UNKNOWN_TO_MPI,
+    all_faults_of,
     as_root,
     faults_of,
     in_a_machine_with,
@@ -22,14 +23,14 @@ from tests.launch.doctor.looking import (
     see_the_doctor,
     without_folder,
 )
-from tests.launching import launch
+from tests.launching import launch, slowness
 
 # -- what is well ------------------------------------------------------------------------------------------------------
 
 
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
-    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path)
-    assert faults_of(finished) == {}
+    finished = see_the_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path, looks=10)
+    assert all_faults_of(finished) == {}
     assert finished.returncode == 0, finished.output
     assert finished.stdout.splitlines()[-1].startswith("Healthy")
     assert launch_line_of(finished) == "mpirun -np 2 python app/train.py"
@@ -107,6 +108,8 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     content[get_version.start(1) : get_version.end(1)] = (21805).to_bytes(4, "little")
     (tmp_path / "libnccl.so.2").write_bytes(content)
     finished = see_the_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {shlex.quote(str(library))}"), tmp_path)
+    if "took too long to load" in finished.stdout and slowness() > 1.2:
+        pytest.skip("other processes compute here: NCCL cannot be loaded within the doctor's time")
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["NCCL"]
