@@ -51,6 +51,8 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "peers --": "test_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
 }
 THOROUGH = {  # a part of a command, and why its block is left to the thorough tests
+    "report runs/latest": "test_readme.py has the same first command",
+    "evaluate runs/latest": "needs the run of the block above",
     "runs/three": "trains twice, on one rank and on three",
     "timeout --signal": "trains until it is stopped, and goes on",
     "runs/adamw": "trains once more; the report of two runs",

@@ -13,12 +13,9 @@ QUICK = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_
 COMMANDS = re.findall(r"^env/run \w+ .*-H .*train\.py$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
 
 
+@pytest.mark.thorough
 @across_nodes
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(each, marks=pytest.mark.thorough if " mpirun " in each else []) for each in COMMANDS],
-    ids=lambda command: command.split()[1],
-)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
 def test_two_nodes_over_ssh(command: str, slurm: SlurmCluster, tmp_path: Path) -> None:
     ready = launch("env/run true", timeout_seconds=800)  # if anything is to be built, then not where no network is
     assert ready.returncode == 0, ready.output

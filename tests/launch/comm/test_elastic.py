@@ -221,6 +221,7 @@ def test_a_killed_worker_is_started_again_and_every_sample_counts_once(tmp_path:
     _assert_exact(tmp_path, num_updates)
 
 
+@pytest.mark.thorough
 def test_what_would_change_with_the_workers_is_refused(tmp_path: Path) -> None:
     with elastic_job(tmp_path, HOSTS, "--parallel zero1") as job:
         assert job.process.wait(60 * slowness()) == 2
@@ -233,7 +234,8 @@ def _over_gloo(settings: str, folder: Path) -> Finished:
     return launch(f"horovodrun --gloo -np 2 python {TRAIN} {settings}", cwd=folder)
 
 
-@pytest.mark.parametrize("strategy", ["replicated", pytest.param("zero3", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("strategy", ["replicated", "zero3"])
 def test_ranks_train_over_gloo_without_mpi(strategy: str, tmp_path: Path) -> None:
     settings = f"{SMALL} --num_epochs 1"
     finished = _over_gloo(f"{settings} --parallel {strategy} --run_dir run", tmp_path)
@@ -243,6 +245,7 @@ def test_ranks_train_over_gloo_without_mpi(strategy: str, tmp_path: Path) -> Non
     _assert_same_model(tmp_path / "run", _train_alone(tmp_path, settings))
 
 
+@pytest.mark.thorough
 def test_a_mistake_over_gloo_is_told_once_with_its_exit_code(tmp_path: Path) -> None:
     finished = _over_gloo("--parallel pipeline", tmp_path)
     assert finished.returncode == 2, finished.output

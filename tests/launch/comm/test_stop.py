@@ -62,7 +62,8 @@ def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize(("presses", "code"), [(1, 75), pytest.param(2, 130, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("presses", "code"), [(1, 75), (2, 130)])
 def test_ctrl_c_once_saves_and_twice_leaves_at_once(presses: int, code: int, tmp_path: Path) -> None:
     """An update takes some seconds here: the second one comes in the midst of it."""
     command = f"{COMMAND} {LONG} --checkpoint.interval 0 --data.batch_size 4000"

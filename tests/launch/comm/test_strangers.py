@@ -211,7 +211,7 @@ def _job(command: str, folder: Path) -> Iterator[psutil.Process]:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(each, marks=[] if each in (MPI, GLOO) else pytest.mark.thorough) for each in EXPECTED],
+    [pytest.param(each, marks=[] if each == GLOO else pytest.mark.thorough) for each in EXPECTED],
 )
 def test_what_listens_is_known_and_temporary_files_are_ones_own(command: str, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"

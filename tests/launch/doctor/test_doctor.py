@@ -44,6 +44,7 @@ def test_a_healthy_machine_passes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.thorough
 def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> None:
     finished = launch(f"{DOCTOR} --json true", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0, finished.output
@@ -62,6 +63,7 @@ def test_help_is_said_once(tmp_path: Path) -> None:
 # -- what is wrong on one machine --------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) -> None:
     finished = see_the_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {DOCTOR}", tmp_path, looks=1)
     assert finished.returncode == 8
@@ -158,6 +160,7 @@ def test_few_open_files(tmp_path: Path) -> None:
     assert list(faults_of(finished)) == ["limits"]
 
 
+@pytest.mark.thorough
 @as_root
 @pytest.mark.parametrize(
     ("planted", "check", "what"),
@@ -167,22 +170,9 @@ def test_few_open_files(tmp_path: Path) -> None:
             "/dev/shm",
             "1 MiB of 1 MiB are free, and 1 rank must have 64 MiB",
         ),
-        pytest.param(
-            *("mount --bind meminfo /proc/meminfo", "memory", "293 MiB are left for 1 rank"),
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            *("mount -t tmpfs -o ro tmpfs runs", "folder", "runs (tmpfs): cannot make a folder: Read-only file system"),
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            *(
-                "mount -t tmpfs -o size=512k tmpfs runs",
-                "folder",
-                "runs (tmpfs): cannot write: No space left on device",
-            ),
-            marks=pytest.mark.thorough,
-        ),
+        ("mount --bind meminfo /proc/meminfo", "memory", "293 MiB are left for 1 rank"),
+        ("mount -t tmpfs -o ro tmpfs runs", "folder", "runs (tmpfs): cannot make a folder: Read-only file system"),
+        ("mount -t tmpfs -o size=512k tmpfs runs", "folder", "runs (tmpfs): cannot write: No space left on device"),
     ],
     ids=["little shared memory", "little memory", "a read-only folder", "a full folder"],
 )

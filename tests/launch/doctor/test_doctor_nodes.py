@@ -93,6 +93,7 @@ def _in_slurm(slurm: SlurmCluster, options: str, cwd: Path) -> Finished:
     return finished
 
 
+@pytest.mark.thorough
 def test_a_healthy_job_of_slurm_passes(slurm: SlurmCluster, tmp_path: Path) -> None:
     finished = _in_slurm(slurm, f"--mpi={_pmi()} --kill-on-bad-exit=1", tmp_path)
     assert faults_of(finished) == {}, finished.output

@@ -79,7 +79,11 @@ def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     ("settings", "told"),
     [
         ("--parallel pipeline --pipeline.num_stages 3", "stages x replicas must be the number of ranks"),
-        ("--parallel zero2 --gradient.wire bf16", "gradient.wire is bf16: it does not go with zero2"),
+        pytest.param(
+            "--parallel zero2 --gradient.wire bf16",
+            "gradient.wire is bf16: it does not go with zero2",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             "--parallel zero3 --model.compile true",
             "model.compile is True: it does not go with zero3",

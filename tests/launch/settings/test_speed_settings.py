@@ -56,6 +56,7 @@ def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: P
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.thorough
 def test_every_rank_has_cpus_of_its_own_whatever_the_launcher_did(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
     finished = launch(f"horovodrun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")
@@ -74,6 +75,7 @@ def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
     assert "warning: ranks 0 and 1 share CPU 1 of" in finished.stdout
 
 
+@pytest.mark.thorough
 def test_adasum_on_three_ranks_is_refused(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 3 python {ONE_EPOCH} --gradient.reduction adasum --run_dir {tmp_path}/run")
     assert finished.returncode == 2, finished.output

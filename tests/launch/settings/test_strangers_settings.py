@@ -113,6 +113,7 @@ def test_a_planted_link_is_not_followed(place: Path, attack: dict[str, Path], pr
     assert "runs/latest is a link that nobody (uid 65534) has put into a folder of" in finished.stderr, finished.output
 
 
+@pytest.mark.thorough
 def test_settings_that_everybody_may_write_are_refused(place: Path, attack: dict[str, Path]) -> None:
     os.chown(attack["settings"], _victim()[0], -1)
     attack["settings"].chmod(0o666)
@@ -123,7 +124,8 @@ def test_settings_that_everybody_may_write_are_refused(place: Path, attack: dict
         assert "chmod o-w" in finished.stderr, finished.output
 
 
-@pytest.mark.parametrize("way", ["train --config", *_thorough("evaluate", "export")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("way", ["train --config", "evaluate", "export"])
 def test_trusted_settings_run_and_what_is_no_data_set_is_told(place: Path, attack: dict[str, Path], way: str) -> None:
     finished = _as_victim(f"{_commands(attack)[way]} --trust true", place)
     assert attack["mark"].read_text().strip() == str(_victim()[0]), finished.output
@@ -151,7 +153,9 @@ def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
-        ("--data.name os.system", DATA, "data.name is os.system: it must give a data set"),
+        pytest.param(
+            "--data.name os.system", DATA, "data.name is os.system: it must give a data set", marks=pytest.mark.thorough
+        ),
         pytest.param("--data.name builtins.print", DATA, "it gave NoneType None", marks=pytest.mark.thorough),
         pytest.param(
             "--model.name builtins.list", SETTINGS, "model.name is builtins.list: ", marks=pytest.mark.thorough

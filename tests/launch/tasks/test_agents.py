@@ -52,12 +52,13 @@ def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     assert "Return: 0.75 +- 0.00 in 7 episodes" in evaluated.stdout, evaluated.output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
         ("pong", "--ppo.total_steps 256 --ppo.num_steps 16"),
-        pytest.param("racetrack", "--ppo.total_steps 256 --ppo.num_steps 16 " + BRIEF, marks=pytest.mark.thorough),
-        pytest.param("highway", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF, marks=pytest.mark.thorough),
+        ("racetrack", "--ppo.total_steps 256 --ppo.num_steps 16 " + BRIEF),
+        ("highway", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF),
     ],
 )
 def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path: Path) -> None:
@@ -71,15 +72,12 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
         assert len(picture.convert("RGB").getcolors(2**16) or []) > 2  # something is drawn
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ("--env.id Nowhere-v0 --model.name mlp", "env.id is Nowhere-v0: it cannot be made"),
-        pytest.param(
-            "--env.id CartPole-v1 --model.name nature_cnn",
-            "it takes images, and observations are (4,): use mlp",
-            marks=pytest.mark.thorough,
-        ),
+        ("--env.id CartPole-v1 --model.name nature_cnn", "it takes images, and observations are (4,): use mlp"),
     ],
 )
 def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: Path) -> None:

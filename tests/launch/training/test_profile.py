@@ -34,6 +34,7 @@ def _named(events: Events, name: str, pid: int) -> Events:
     return [event for event in events if event.get("name") == name and event["pid"] == pid]
 
 
+@pytest.mark.thorough
 def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> None:
     output = _train(["mpirun", "-np", "2"], tmp_path / "run", "--profile", "9-11")
     events = _trace(tmp_path / "run")
@@ -68,13 +69,22 @@ def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> 
     assert digests[0] == digests[1]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("prefix", "settings", "phase"),
     [
         ([], ["--profile", "11-99"], "forward and backward pass"),  # from an epoch's first update to the end of the run
-        (["mpirun", "-np", "2"], ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"], "message from rank"),
-        (["horovodrun", "--gloo", "-np", "2"], ["--profile", "10", "--parallel", "zero3"], "all-gather"),  # no timeline
+        pytest.param(
+            *(
+                ["mpirun", "-np", "2"],
+                ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"],
+                "message from rank",
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(  # no timeline
+            *(["horovodrun", "--gloo", "-np", "2"], ["--profile", "10", "--parallel", "zero3"], "all-gather"),
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_whatever_the_strategy_and_the_launcher(
@@ -117,6 +127,7 @@ def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again
     assert _table(run) == table
 
 
+@pytest.mark.thorough
 def test_updates_that_never_come_are_refused(tmp_path: Path) -> None:
     finished = launch(["mpirun", "-np", "2", "python", TRAIN, *COMMON, "--profile", "21", "--run_dir", str(tmp_path)])
     assert finished.returncode == 2, finished.output

@@ -56,6 +56,7 @@ def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
     train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
@@ -102,6 +103,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.thorough
 def test_a_finished_run_changes_only_to_go_on_for_longer(tmp_path: Path) -> None:
     train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run"
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
@@ -167,6 +169,7 @@ def test_the_certificate_through_three_kills_and_other_numbers_of_ranks() -> Non
     assert "each sample exactly once" in finished.stdout
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
     """A limit of 2 MB on the size of files lets everything pass but a checkpoint, as a nearly full disk does."""
     train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --run_dir run {SHORT}"
@@ -177,6 +180,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_with_one_message(tmp
     assert list_checkpoints(tmp_path / "run") == []
 
 
+@pytest.mark.thorough
 def test_two_deterministic_runs_give_identical_bits(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checks.deterministic true"
     for run in ("first", "second"):

@@ -115,6 +115,7 @@ def test_where_srun_cannot_start_mpi_mpirun_does(slurm: SlurmCluster, clone: Pat
     assert json.loads((clone / "my run" / "summary.json").read_text())["num_ranks"] == 4
 
 
+@pytest.mark.thorough
 def test_a_stopped_job_goes_on_and_ends_with_the_model_of_one_that_never_stopped(
     slurm: SlurmCluster, never_stopped: Job, clone: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_lost_rank_is_worth_another_attempt_only_after_progress(slurm: SlurmCl
     assert AGAIN not in cancelled.output
 
 
+@pytest.mark.thorough
 def test_a_mistake_is_told_once_with_its_exit_code_and_not_repeated(slurm: SlurmCluster, clone: Path) -> None:
     jobs = {
         launcher: slurm.submit(f"{FOUR_RANKS} slurm/train.sbatch --nonsense", clone, LOCKSTEP_LAUNCHER=launcher)

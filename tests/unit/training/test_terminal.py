@@ -66,6 +66,7 @@ def test_the_bar_fits_a_narrow_terminal_with_loss_rate_and_time_left(columns: in
     assert "Batch: 2500, 640 images/s, 0:04:10 left"[:columns] in lines
 
 
+@pytest.mark.thorough
 def test_no_colours_where_none_are_wanted(tmp_path: Path) -> None:
     shown = _in_a_terminal(tmp_path, 80, {"TERM": "xterm-256color", "NO_COLOR": "1"})
     assert "2500/5000" in shown
