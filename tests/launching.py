@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -17,9 +18,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # As it was before this process itself became an MPI process; and on the CPU, since a test has more ranks than GPUs.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+SECONDS_TO_ADD = 0.03  # two million numbers, on a modern core
 across_nodes = pytest.mark.skipif(
     " " in f"{ROOT}{sys.prefix}", reason="Open MPI does not quote its own path, which has a blank, for other nodes"
 )
+
+
+def slowness() -> float:
+    """By how much a wait must be longer here and now than on a quiet machine of two modern cores; 1 at least.
+
+    Measured once for the speed of one core, and each time for the load of all of them.
+    """
+    return max(1.0, _slowness_of_a_core()) * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+@cache
+def _slowness_of_a_core() -> float:
+    def measure() -> float:
+        started = time.process_time()  # without what other processes take of the core
+        sum(range(2_000_000))
+        return time.process_time() - started
+
+    return min(measure() for _ in range(3)) / SECONDS_TO_ADD
 
 
 class DidNotEndError(AssertionError):
@@ -49,8 +69,10 @@ def launch(
     """Run `command` (a string: by bash) to its end.
 
     Raises:
-        DidNotEndError: it did not end in time; it and every process that it started are killed, by id.
+        DidNotEndError: it did not end in time, which is longer on a busy machine; it and every process that it started
+            are killed, by id.
     """
+    timeout_seconds *= slowness()
     started = time.monotonic()
     process = subprocess.Popen(
         command if isinstance(command, str) else list(command),
@@ -68,7 +90,7 @@ def launch(
         stdout, stderr = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         stdout, stderr = _kill(process)
-        raise DidNotEndError(f"{command} did not end in {timeout_seconds} s:\n{stdout}\n{stderr}") from None
+        raise DidNotEndError(f"{command} did not end in {timeout_seconds:.0f} s:\n{stdout}\n{stderr}") from None
     except BaseException:  # Ctrl-C, or the test's own time-out
         _kill(process)
         raise

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launching import ENVIRONMENT, ROOT, Finished, launch
+from tests.launching import ENVIRONMENT, ROOT, Finished, launch, slowness
 
 SCRIPT = ROOT / "tests" / "slurm_cluster.sh"
 INSTALL = "tests/install_slurm.sh"
@@ -81,7 +81,7 @@ class Job:
 
     def wait_until(self, condition: Callable[[], bool], timeout_seconds: float = 100) -> None:
         """Raises AssertionError, with all that the job has said, if `condition` does not come true in time."""
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + timeout_seconds * slowness()
         while not condition():
             assert time.monotonic() < deadline, f"job {self.id} is {self.states()}:\n{self.output}"
             time.sleep(0.3)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,23 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
     "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
     "peers --": "test_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
+}
+THOROUGH = {  # a part of a command, and why its block is left to the thorough tests
+    "report runs/latest": "test_readme.py has the same first command",
+    "evaluate runs/latest": "needs the run of the block above",
+    "runs/three": "trains twice, on one rank and on three",
+    "timeout --signal": "trains until it is stopped, and goes on",
+    "runs/adamw": "trains once more; the report of two runs",
+    "--profile 20-24": "trains once more",
+    "env/run lockstep doctor": "the doctor's tests see more of it",
+    "mpirun -np 4 lockstep doctor": "the doctor's tests see more of it",
+    "--gloo -np 4": "trains once more, without MPI",
+    "benchmark checks": "measures",
+    "benchmark comm": "measures; two simulated nodes",
+    "--config vision": "trains three times, once with a large network or as a job on two nodes",
+    "resnet18": "a large network on four ranks",
+    "sbatch": "jobs, some on two nodes",
+    "srun": "jobs on two nodes",
 }
 OF_A_SITE = re.compile(
     r"module load|export (LOCKSTEP_VENV|PIP_CACHE_DIR)=|LOCKSTEP_SITE_TORCH=1|env/setup|#SBATCH|env/run CMD"
@@ -99,6 +117,13 @@ def _is_elsewhere(line: str) -> bool:
 BLOCKS = _all_blocks()
 
 
+def _param(tested: Block | str) -> Any:
+    """Mark a block or a command that is left to the thorough tests."""
+    commands = [tested] if isinstance(tested, str) else [line for line in tested.commands if not _is_for_slurm(line)]
+    is_thorough = any(part in line for part in THOROUGH for line in commands)
+    return pytest.param(tested, marks=pytest.mark.thorough if is_thorough else [], id=str(tested))
+
+
 def _is_for_slurm(line: str) -> bool:
     return line.startswith(("sbatch", "srun"))
 
@@ -107,7 +132,7 @@ def _shortened(line: str) -> str:
     """The same command with less work; later settings override earlier ones."""
     if "timeout --signal=USR1 20" in line:  # which ends with 124 by itself
         return line.replace("USR1 20", "USR1 12") + " || [ $? = 124 ]"
-    line = line.replace("/scratch/me", ".")
+    line = line.replace("/scratch/me", ".").replace("--gloo -np 4", "--gloo -np 2")  # four take minutes on two cores
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
     if re.search("benchmark (checks|optimizer)", line):
@@ -131,7 +156,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if not all(map(_is_for_slurm, b.commands))], ids=str)
+@pytest.mark.parametrize("block", [_param(b) for b in BLOCKS if not all(map(_is_for_slurm, b.commands))])
 def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
     lines = [_shortened(line) for line in block.commands if not _is_for_slurm(line)]
     finished = launch("set -e\n" + "\n".join(lines), timeout_seconds=400, cwd=clone, environment=FRESH)
@@ -141,7 +166,7 @@ def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
         assert f"Goes on after update {update} from" in finished.output
 
 
-@pytest.mark.parametrize("command", [line for b in BLOCKS for line in b.commands if line.startswith("sbatch")])
+@pytest.mark.parametrize("command", [_param(line) for b in BLOCKS for line in b.commands if line.startswith("sbatch")])
 def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> None:
     """With half as many ranks: two cores stand for both nodes."""
     fewer = command.removeprefix("sbatch ").replace("--ntasks-per-node=4", "--ntasks-per-node=2")
@@ -150,7 +175,7 @@ def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> No
 
 
 @across_nodes
-@pytest.mark.parametrize("command", [line for b in BLOCKS for line in b.commands if line.startswith("srun")])
+@pytest.mark.parametrize("command", [_param(line) for b in BLOCKS for line in b.commands if line.startswith("srun")])
 def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, clone: Path) -> None:
     less = f"{SMALL} --data.num_samples 64" if "train.py" in command else ""
     finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
@@ -180,6 +205,8 @@ def test_every_command_has_its_test() -> None:
     for reference in RUN_ELSEWHERE.values():
         file, _, name = reference.partition("::")
         assert any(f"def {name}(" in found.read_text() for found in (ROOT / "tests").rglob(file)), reference
+    for part in THOROUGH:
+        assert any(part in line for block in BLOCKS for line in block.commands), part
     first = next(_blocks(ROOT / "README.md"))
     assert first == ["env/run horovodrun -np 2 python app/train.py", "env/run pytest"]
     for program, number in (("", 30), ("sbatch", 3), ("srun", 2)):

@@ -60,10 +60,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     terminal = item.config.pluginmanager.get_plugin("terminalreporter")
     known: Reports = item.session.__dict__.setdefault("world_reports", {})
     if item.nodeid not in known:
+        nodeids = [other.nodeid for other in item.session.items if _world_size(other) == size]
+        waiting = [nodeid for nodeid in nodeids if nodeid not in known]
         if terminal:
-            terminal.write(f" [{size} ranks] ")
-        waiting = [other.nodeid for other in item.session.items if _world_size(other) == size]
-        known.update(_run_world(item.config, size, [nodeid for nodeid in waiting if nodeid not in known]))
+            terminal.write(f" [{size} ranks, {len(waiting)} tests] ", flush=True)
+        known.update(_run_world(item.config, size, waiting))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in known[item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)

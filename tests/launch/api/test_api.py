@@ -43,7 +43,7 @@ def _told(finished: Finished) -> list[str]:
     return [word for line in finished.stdout.splitlines() if line.startswith("told") for word in line.split()[1:]]
 
 
-@pytest.mark.parametrize("num_ranks", [None, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(None, marks=pytest.mark.thorough), 2])
 def test_several_runs_in_one_process_are_those_of_the_command_line(tmp_path: Path, num_ranks: int | None) -> None:
     finished = _script(
         tmp_path,
@@ -82,7 +82,7 @@ def test_several_runs_in_one_process_are_those_of_the_command_line(tmp_path: Pat
     assert json.loads((tmp_path / "typed" / "summary.json").read_text())["model_digest"] == first
 
 
-@pytest.mark.parametrize("num_ranks", [None, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(None, marks=pytest.mark.thorough), 2])
 def test_an_error_of_all_ranks_is_raised_and_the_next_run_goes_well(tmp_path: Path, num_ranks: int | None) -> None:
     finished = _script(
         tmp_path,
@@ -118,6 +118,7 @@ def test_an_error_of_one_rank_ends_the_job(tmp_path: Path) -> None:
     assert finished.seconds < 60
 
 
+@pytest.mark.thorough
 def test_a_users_own_error_is_raised_on_one_rank(tmp_path: Path) -> None:
     finished = _script(
         tmp_path,
@@ -179,6 +180,7 @@ def test_a_stop_signal_saves_and_is_raised(tmp_path: Path) -> None:
     assert _told(finished) == ["StoppedError", "8"]
 
 
+@pytest.mark.thorough
 def test_a_job_of_gloo_has_one_run_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         BEGINNING

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from tests.launching import ROOT
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs_and_shows_its_pictures(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)  # type: ignore[no-untyped-call]
     kernel = AsyncKernelManager(transport="ipc")  # files of this user's, not ports that everybody can reach

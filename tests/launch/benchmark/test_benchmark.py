@@ -22,6 +22,7 @@ def test_throughput_leaves_a_table_json_and_a_picture(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["throughput.json", "throughput.png"]
 
 
+@pytest.mark.thorough
 def test_comm_fits_forecasts_and_compares_with_the_link(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 2 lockstep benchmark comm {SHORT} --link_gbits 1000 --out {tmp_path}")
     assert finished.returncode == 0, finished.output
@@ -35,6 +36,7 @@ def test_comm_fits_forecasts_and_compares_with_the_link(tmp_path: Path) -> None:
     assert result["link_bound_seconds"] == 4 * 1_199_882 * 8 / 1e12
 
 
+@pytest.mark.thorough
 def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
     others = "--updates 5 --data.name synthetic --data.num_samples 500"
     finished = launch(
@@ -51,8 +53,8 @@ def test_scaling_starts_jobs_of_each_size(tmp_path: Path) -> None:
     ("args", "told"),
     [
         ("warp", "there is no benchmark 'warp': choose one of throughput, comm, sharding, pipeline, peers, scaling"),
-        ("throughput --updats 3", "Did you mean --updates?"),
-        ("comm", "comm needs two ranks or more"),
+        pytest.param("throughput --updats 3", "Did you mean --updates?", marks=pytest.mark.thorough),
+        pytest.param("comm", "comm needs two ranks or more", marks=pytest.mark.thorough),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_message(args: str, told: str) -> None:

@@ -13,6 +13,7 @@ QUICK = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_
 COMMANDS = re.findall(r"^env/run \w+ .*-H .*train\.py$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
 
 
+@pytest.mark.thorough
 @across_nodes
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
 def test_two_nodes_over_ssh(command: str, slurm: SlurmCluster, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.launching import ENVIRONMENT, ROOT, Finished, launch
+from tests.launching import ENVIRONMENT, ROOT, Finished, launch, slowness
 
 TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
 # Each is a host of its own for Horovod, and this machine: one whose workers all fail is left alone for a while.
@@ -69,7 +69,7 @@ class ElasticJob:
         return found
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = SECONDS_TO_START) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * slowness()
         while not condition():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
@@ -82,14 +82,18 @@ class ElasticJob:
     def end(self, seconds: float = 120) -> None:
         """To its good end."""
         try:
-            assert self.process.wait(seconds) == 0, self.said
+            assert self.process.wait(seconds * slowness()) == 0, self.said
         except psutil.TimeoutExpired:
             raise AssertionError(f"the job did not end:\n{self.said}") from None
 
     def stop(self) -> int:
-        """Ask it to stop; after which update it has."""
+        """Ask it to stop; after which update it has.
+
+        5 s after the signal Horovod's launcher kills workers that have not ended: 137. On a busy machine these may
+        have saved by then, and not yet left.
+        """
         self.process.terminate()
-        assert self.process.wait(60) == 75
+        assert self.process.wait(60 * slowness()) in (75, 137), self.said
         (update,) = re.findall(r"stopped by SIGTERM after update (\d+) of 63000, which is saved", self.said)
         return int(update)
 
@@ -157,6 +161,7 @@ def _train_alone(folder: Path, settings: str) -> Path:
     return folder / "alone"
 
 
+@pytest.mark.thorough
 def test_one_of_three_workers_is_killed_and_another_one_comes(tmp_path: Path) -> None:
     """It changes nothing of what is learned, whoever it is: here rank 0, which keeps the run_logger."""
     with elastic_job(tmp_path, HOSTS, f"{SMALL} --num_epochs 1000", "--blacklist-cooldown-range 1 2") as job:
@@ -180,6 +185,7 @@ def test_one_of_three_workers_is_killed_and_another_one_comes(tmp_path: Path) ->
     _assert_same_model(tmp_path / "run", _train_alone(tmp_path, f"{SMALL} --num_epochs {num_epochs}"))
 
 
+@pytest.mark.thorough
 def test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed(tmp_path: Path) -> None:
     """The literal command, without further options: a worker that is lost is started again where it was."""
     with elastic_job(tmp_path, ["localhost:3"], f"{SMALL} --num_epochs 1000") as job:
@@ -204,9 +210,21 @@ def test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed(tmp_p
     _assert_exact(tmp_path, num_updates)
 
 
+def test_a_killed_worker_is_started_again_and_every_sample_counts_once(tmp_path: Path) -> None:
+    """Rank 0, which writes the metrics and the checkpoints."""
+    with elastic_job(tmp_path, ["localhost:3"], f"{SMALL} --num_epochs 1000") as job:
+        job.wait_for_updates()
+        os.kill(_root_of(tmp_path / "run"), signal.SIGKILL)
+        job.wait_until(lambda: job.generations == [3, 3])
+        job.wait_for_updates()
+        num_updates = job.stop()
+    _assert_exact(tmp_path, num_updates)
+
+
+@pytest.mark.thorough
 def test_what_would_change_with_the_workers_is_refused(tmp_path: Path) -> None:
     with elastic_job(tmp_path, HOSTS, "--parallel zero1") as job:
-        assert job.process.wait(60) == 2
+        assert job.process.wait(60 * slowness()) == 2
     assert job.said.count("lockstep: ") == 1
     assert "parallel is zero1: a lost worker would take its part of the model with it" in job.said
     assert not (tmp_path / "run").exists()
@@ -216,6 +234,7 @@ def _over_gloo(settings: str, folder: Path) -> Finished:
     return launch(f"horovodrun --gloo -np 2 python {TRAIN} {settings}", cwd=folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["replicated", "zero3"])
 def test_ranks_train_over_gloo_without_mpi(strategy: str, tmp_path: Path) -> None:
     settings = f"{SMALL} --num_epochs 1"
@@ -226,6 +245,7 @@ def test_ranks_train_over_gloo_without_mpi(strategy: str, tmp_path: Path) -> Non
     _assert_same_model(tmp_path / "run", _train_alone(tmp_path, settings))
 
 
+@pytest.mark.thorough
 def test_a_mistake_over_gloo_is_told_once_with_its_exit_code(tmp_path: Path) -> None:
     finished = _over_gloo("--parallel pipeline", tmp_path)
     assert finished.returncode == 2, finished.output

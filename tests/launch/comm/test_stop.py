@@ -11,29 +11,32 @@ import psutil
 import pytest
 
 from lockstep.training.checkpoint import list_checkpoints
-from tests.launching import ENVIRONMENT, ROOT, launch, running
+from tests.launching import ENVIRONMENT, ROOT, launch, running, slowness
 
 TRAIN = ROOT / "app" / "train.py"
 COMMAND = f"python {shlex.quote(str(TRAIN))}"
 LONG = "--num_epochs 1000 --run_dir run --stop.margin_seconds 2"
 
 
+@pytest.mark.thorough
 def test_a_run_ends_before_its_job_does_and_goes_on_in_the_next(tmp_path: Path) -> None:
     """No signal: the clock alone."""
-    end = time.time() + 18
+    end = time.time() + 18 * slowness()
     environment = {"LOCKSTEP_JOB_END_TIME": f"{end:.0f}"}
     stopped = launch(f"mpirun -np 2 {COMMAND} {LONG}", cwd=tmp_path, environment=environment)
     assert time.time() < end
     assert stopped.returncode == 75, stopped.output
     (update,) = re.findall(r"stopped by the end of the job's time after update (\d+) of 63000", stopped.stderr)
     assert int(list_checkpoints(tmp_path / "run")[-1].name) == int(update) > 0
-    resumed = launch(f"mpirun -np 2 {COMMAND} --resume --run_dir run --stop.after_minutes 0.2", cwd=tmp_path)
+    resumed = launch(
+        f"mpirun -np 2 {COMMAND} --resume --run_dir run --stop.after_minutes {0.2 * slowness()}", cwd=tmp_path
+    )
     assert resumed.returncode == 75, resumed.output
     assert f"Goes on after update {update} " in resumed.stdout
     assert int(list_checkpoints(tmp_path / "run")[-1].name) > int(update)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=pytest.mark.thorough)])
 def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_path: Path) -> None:
     command = shlex.split(f"{launcher} -np 2 {COMMAND} {LONG} --checkpoint.interval 0")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -45,8 +48,8 @@ def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_
             ranks = running(process, TRAIN)
             assert len(ranks) == 2
             process.send_signal(signal.SIGUSR1)
-            code = process.wait(30)
-            _, alive = psutil.wait_procs(ranks, timeout=5)
+            code = process.wait(30 * slowness())
+            _, alive = psutil.wait_procs(ranks, timeout=5 * slowness())
         finally:
             for member in [*ranks, process]:
                 if member.is_running():
@@ -59,6 +62,7 @@ def test_usr1_to_the_launcher_saves_and_leaves_nobody_behind(launcher: str, tmp_
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("presses", "code"), [(1, 75), (2, 130)])
 def test_ctrl_c_once_saves_and_twice_leaves_at_once(presses: int, code: int, tmp_path: Path) -> None:
     """An update takes some seconds here: the second one comes in the midst of it."""
@@ -73,7 +77,7 @@ def test_ctrl_c_once_saves_and_twice_leaves_at_once(presses: int, code: int, tmp
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
             _wait_until(lambda: "Ctrl-C again leaves at once" in said.read_text())
-        ended = process.wait(60)
+        ended = process.wait(60 * slowness())
     finally:
         if process.is_running():
             process.kill()
@@ -83,7 +87,7 @@ def test_ctrl_c_once_saves_and_twice_leaves_at_once(presses: int, code: int, tmp
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * slowness()
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

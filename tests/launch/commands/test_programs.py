@@ -58,9 +58,11 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         ("--nonsense 1", 2, "unrecognized arguments: --nonsense 1"),
-        ("--data.batch_size 0", 2, "data.batch_size is 0: it must be at least 1"),
-        ("--run_dir /dev/null/run", 5, "must be yours to write"),
-        ("--data.name mnist --data.root nowhere", 3, "--data.name digits"),
+        pytest.param(
+            "--data.batch_size 0", 2, "data.batch_size is 0: it must be at least 1", marks=pytest.mark.thorough
+        ),
+        pytest.param("--run_dir /dev/null/run", 5, "must be yours to write", marks=pytest.mark.thorough),
+        pytest.param("--data.name mnist --data.root nowhere", 3, "--data.name digits", marks=pytest.mark.thorough),
     ],
     ids=["unknown", "wrong", "storage", "data"],
 )
@@ -74,6 +76,7 @@ def test_a_mistake_is_told_once_with_its_exit_code(
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.thorough
 @every_launcher
 def test_help_and_print_config_are_said_once(launcher: str, tmp_path: Path) -> None:
     finished = _train(launcher, "--print_config", tmp_path)
@@ -95,6 +98,7 @@ def test_the_merged_model_scores_the_same_when_loaded_alone(tmp_path: Path) -> N
         assert (tmp_path / "run" / "mistakes.png").stat().st_size > 0
 
 
+@pytest.mark.thorough
 def test_evaluate_says_what_is_missing(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 2 lockstep evaluate {shlex.quote(str(tmp_path))}", cwd=tmp_path)
     assert finished.returncode == 5
@@ -104,7 +108,9 @@ def test_evaluate_says_what_is_missing(tmp_path: Path) -> None:
     assert finished.stderr.count("the following arguments are required") == 1
 
 
-@pytest.mark.parametrize("failing", ["rank == 1", "True"], ids=["one rank", "every rank"])
+@pytest.mark.parametrize(
+    "failing", ["rank == 1", pytest.param("True", marks=pytest.mark.thorough)], ids=["one rank", "every rank"]
+)
 def test_an_unexpected_error_is_told_once_and_ends_all_ranks(failing: str, tmp_path: Path) -> None:
     """The other ranks wait in a collective that rank 1 never enters, or fail in the same moment."""
     program = tmp_path / "fails.py"
@@ -154,12 +160,14 @@ def test_the_reference_run_prints_the_references_lines(tmp_path: Path) -> None:
     assert summary["num_updates"] == 125
 
 
+@pytest.mark.thorough
 def test_settings_come_from_the_environment_of_rank_0(tmp_path: Path) -> None:
     finished = _train("mpirun -np 2 python", f"{QUICK} --run_dir run", tmp_path, LOCKSTEP_SEED="41")
     assert finished.returncode == 0, finished.output
     assert "seed: 41" in (tmp_path / "run" / "settings.yaml").read_text()
 
 
+@pytest.mark.thorough
 def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None:
     """Rank 1 cannot import a module, as on a node with a broken installation, while rank 0 waits for it."""
     program = tmp_path / "fails.py"
@@ -175,6 +183,7 @@ def test_a_rank_that_fails_before_the_ranks_met_ends_all(tmp_path: Path) -> None
     assert finished.stderr.count("ModuleNotFoundError") == 1
 
 
+@pytest.mark.thorough
 def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path) -> None:
     program = tmp_path / "meets.py"
     program.write_text("from lockstep.comm.program import run_program\nrun_program(lambda cluster: None)\n")
@@ -183,6 +192,7 @@ def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path)
     assert launch(command, timeout_seconds=60, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.thorough
 def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(tmp_path: Path) -> None:
     assert _train("python", f"{QUICK} --run_dir run", tmp_path).returncode == 0
     (tmp_path / "run" / "mistakes.png").mkdir()
@@ -191,6 +201,7 @@ def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(tmp_path: P
     assert "Accuracy: " in evaluated.stdout
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
     """A limit on the size of files fails in write(2), as a full disk or a used-up quota does."""
     command = f"ulimit -f 4; python {shlex.quote(str(TRAIN))} {QUICK} --log_interval 1 --num_epochs 40 --run_dir run"
@@ -200,6 +211,7 @@ def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.thorough
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_its_code(tmp_path: Path) -> None:
     finished = _train("mpirun -np 2 python", f"{QUICK} --optimizer.learning_rate 1e30 --num_epochs 9", tmp_path)
     assert finished.returncode == 6, finished.output

@@ -63,8 +63,12 @@ TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
 
 @pytest.mark.parametrize(
     "program",
-    [f"python {TRAIN}", f"mpirun -np 2 python {TRAIN}", "mpirun -np 2 lockstep train", "python -m lockstep train"],
-    ids=["python", "mpirun", "lockstep", "-m"],
+    [
+        pytest.param(f"python {TRAIN}", id="python", marks=pytest.mark.thorough),
+        pytest.param(f"mpirun -np 2 python {TRAIN}", id="mpirun"),
+        pytest.param("mpirun -np 2 lockstep train", id="lockstep", marks=pytest.mark.thorough),
+        pytest.param("python -m lockstep train", id="-m", marks=pytest.mark.thorough),
+    ],
 )
 def test_whatever_a_users_modules_are_called_they_are_found(program: str, tmp_path: Path) -> None:
     for name in NAMES:
@@ -77,6 +81,7 @@ def test_whatever_a_users_modules_are_called_they_are_found(program: str, tmp_pa
     assert (tmp_path / "checked-in-a-worker").exists()
 
 
+@pytest.mark.thorough
 def test_an_installed_package_comes_first_and_the_message_says_so(tmp_path: Path) -> None:
     """Else a file called yaml.py, or queue.py, in the working folder would break whatever imports the real one."""
     (tmp_path / "yaml.py").write_text("class Net: pass\n")
@@ -85,6 +90,7 @@ def test_an_installed_package_comes_first_and_the_message_says_so(tmp_path: Path
     assert "What is installed comes before the working folder, which has yaml.py too" in finished.stderr
 
 
+@pytest.mark.thorough
 def test_an_old_program_says_once_what_to_type(tmp_path: Path) -> None:
     old = shlex.quote(str(ROOT / "app" / "evaluate.py"))
     finished = launch(f"mpirun -np 2 python {old} nowhere", cwd=tmp_path)

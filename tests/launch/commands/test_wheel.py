@@ -48,6 +48,7 @@ def test_importing_it_starts_neither_horovod_nor_mpi(installed: Path, tmp_path: 
     assert loaded == "[]"
 
 
+@pytest.mark.thorough
 def test_the_command_trains_evaluates_and_reports(installed: Path, tmp_path: Path) -> None:
     lockstep = str(installed / "bin" / "lockstep")
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1 --config reference"
@@ -58,6 +59,7 @@ def test_the_command_trains_evaluates_and_reports(installed: Path, tmp_path: Pat
         assert done.returncode == 0, done.output
 
 
+@pytest.mark.thorough
 def test_the_peers_are_within_it(installed: Path, tmp_path: Path) -> None:
     python = str(installed / "bin" / "python")
     done = launch([python, "-m", "lockstep.benchmark.peers.plain", "--updates", "2", "--warmup", "1"], cwd=tmp_path)

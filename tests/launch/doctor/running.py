@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Finished, launch
+from tests.launching import Finished, launch, slowness
 
 DOCTOR = "lockstep doctor"
 SECONDS = 9.0  # of the doctor itself; the launcher needs some of the ten, too
@@ -23,16 +23,22 @@ def run_doctor(command: str, cwd: Path, environment: Mapping[str, str] | None = 
     """What the doctor says, in time. If other processes got in its way it tries again, so many times in all."""
     for _ in range(tries):
         finished = launch(command, timeout_seconds=60, cwd=cwd, environment=environment)
-        if "took too long to load" not in finished.stdout and "speed" not in faults_of(finished):
+        if "took too long to load" not in finished.stdout and "speed" not in all_faults_of(finished):
             break
     assert finished.stdout.count("Launch line: ") == 1, finished.output
     (seconds,) = re.findall(r"; checked in (\S+) s$", finished.stdout, re.MULTILINE)
-    assert float(seconds) < SECONDS, finished.output
+    assert float(seconds) < SECONDS * slowness(), finished.output
     return finished
 
 
 def faults_of(finished: Finished) -> dict[str, str]:
-    """The text of each fault, by check."""
+    """What was found, by check; without the speed of ranks while other processes really take some of it."""
+    found = all_faults_of(finished)
+    return {check: what for check, what in found.items() if check != "speed"} if slowness() > 1.2 else found
+
+
+def all_faults_of(finished: Finished) -> dict[str, str]:
+    """What was found, by check."""
     return dict(re.findall(r"^  FAULT +(\S+(?: \S+)*?)  +(.*)$", finished.stdout, re.MULTILINE))
 
 

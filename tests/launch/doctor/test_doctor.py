@@ -15,6 +15,7 @@ from tests.launch.doctor.running import (
     DOCTOR,
     SECONDS,
     UNKNOWN_TO_MPI,
+    all_faults_of,
     as_root,
     faults_of,
     in_a_machine_with,
@@ -22,14 +23,14 @@ from tests.launch.doctor.running import (
     run_doctor,
     without_folder,
 )
-from tests.launching import launch
+from tests.launching import launch, slowness
 
 # -- what is well ------------------------------------------------------------------------------------------------------
 
 
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
-    finished = run_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path)
-    assert faults_of(finished) == {}
+    finished = run_doctor(f"mpirun -np 2 {DOCTOR} --json report.json", tmp_path, tries=10)
+    assert all_faults_of(finished) == {}
     assert finished.returncode == 0, finished.output
     assert finished.stdout.splitlines()[-1].startswith("Healthy")
     assert launch_line_of(finished) == "mpirun -np 2 python app/train.py"
@@ -43,6 +44,7 @@ def test_a_healthy_machine_passes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.thorough
 def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> None:
     finished = launch(f"{DOCTOR} --json true", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0, finished.output
@@ -51,6 +53,7 @@ def test_it_needs_no_launcher_and_speaks_json_alone_if_asked(tmp_path: Path) -> 
     assert re.fullmatch(r"mpirun -np \d+ python app/train.py", without_folder(report["launch_line"]))
 
 
+@pytest.mark.thorough
 def test_help_is_said_once(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 2 {DOCTOR} --help", timeout_seconds=60, cwd=tmp_path)
     assert finished.returncode == 0
@@ -60,6 +63,7 @@ def test_help_is_said_once(tmp_path: Path) -> None:
 # -- what is wrong on one machine --------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) -> None:
     finished = run_doctor(f"mpirun -np 3 {UNKNOWN_TO_MPI} {DOCTOR}", tmp_path, tries=1)
     assert finished.returncode == 8
@@ -68,6 +72,7 @@ def test_ranks_that_mpi_does_not_know_are_told_by_one_of_them(tmp_path: Path) ->
     assert "mixed MPIs: mpirun of Open MPI started 3 processes" in faults["launcher"]
 
 
+@pytest.mark.thorough
 def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     libmpi = tmp_path / "libmpi.so.40"
     subprocess.run(["g++", "-shared", "-xc++", "-", "-Wl,-soname,libmpi.so.40", "-o", libmpi], input=b"", check=True)
@@ -81,6 +86,7 @@ def test_another_mpi_that_is_found_first(tmp_path: Path) -> None:
     assert launch_line_of(finished).startswith("env -u LD_LIBRARY_PATH ")
 
 
+@pytest.mark.thorough
 def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     venv.mkdir()
@@ -93,6 +99,7 @@ def test_an_environment_that_was_built_for_another_mpi(tmp_path: Path) -> None:
     assert "the environment was built for Open MPI 4.1.4, and Open MPI v5" in faults_of(finished)["MPI"]
 
 
+@pytest.mark.thorough
 @as_root
 def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     """NCCL with another number in it, in the place of torch's own."""
@@ -103,12 +110,15 @@ def test_an_nccl_that_is_older_than_the_one_built_with(tmp_path: Path) -> None:
     content[get_version.start(1) : get_version.end(1)] = (21805).to_bytes(4, "little")
     (tmp_path / "libnccl.so.2").write_bytes(content)
     finished = run_doctor(in_a_machine_with(f"mount --bind libnccl.so.2 {shlex.quote(str(library))}"), tmp_path)
+    if "took too long to load" in finished.stdout and slowness() > 1.2:
+        pytest.skip("other processes compute here: NCCL cannot be loaded within the doctor's time")
     assert finished.returncode == 8
     faults = faults_of(finished)
     assert list(faults) == ["NCCL"]
     assert "and 2.18.5 is loaded" in faults["NCCL"]
 
 
+@pytest.mark.thorough
 def test_a_package_that_hides_the_environments_own(tmp_path: Path) -> None:
     (tmp_path / "mine" / "numpy").mkdir(parents=True)
     (tmp_path / "mine" / "numpy" / "__init__.py").touch()
@@ -129,6 +139,7 @@ def test_ranks_that_are_stacked_on_one_core(tmp_path: Path) -> None:
     assert "mpirun -np 2 --bind-to none python" in launch_line_of(finished)
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     """Of a machine whose nvidia-smi lists two."""
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -142,12 +153,14 @@ def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
     assert "ranks 0-1 share GPU GPU-b" in faults_of(finished)["GPUs"]
 
 
+@pytest.mark.thorough
 def test_few_open_files(tmp_path: Path) -> None:
     finished = run_doctor(f"ulimit -n 64; {DOCTOR}", tmp_path)
     assert finished.returncode == 8
     assert list(faults_of(finished)) == ["limits"]
 
 
+@pytest.mark.thorough
 @as_root
 @pytest.mark.parametrize(
     ("planted", "check", "what"),
@@ -173,6 +186,7 @@ def test_a_machine_that_lacks_something(planted: str, check: str, what: str, tmp
     assert what in faults_of(finished)[check]
 
 
+@pytest.mark.thorough
 @as_root
 @pytest.mark.skipif(not shutil.which("mkfs.ext4") or not Path("/dev/loop-control").exists(), reason="no loop devices")
 def test_a_folder_that_hangs(tmp_path: Path) -> None:

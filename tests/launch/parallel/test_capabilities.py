@@ -8,7 +8,8 @@ import torch
 from tests.launching import launch
 
 FILES = "tests/parallel/training/test_exactness.py tests/parallel/parallel/test_zero.py"
-CHOSEN = "test_adam_too or test_any_model_and_elementwise_optimizer"  # adaptive ones enlarge what is rounding alone
+# Adaptive ones enlarge what is rounding alone.
+CHOSEN = "test_adam_too or (test_any_model_and_elementwise_optimizer and not sgd)"
 
 
 @pytest.mark.thorough
@@ -17,7 +18,7 @@ def test_adaptive_optimizers_are_exact_with_other_kernels(capability: str) -> No
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
     finished = launch(
-        f'{sys.executable} -m pytest -q -p no:cacheprovider {FILES} -k "{CHOSEN}"',
+        f'{sys.executable} -m pytest -m "" -q -p no:cacheprovider {FILES} -k "{CHOSEN}"',
         timeout_seconds=600,
         environment={"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
     )

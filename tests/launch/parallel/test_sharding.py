@@ -30,6 +30,7 @@ STOPS = (  # each goes on where the one before has ended
 )
 
 
+@pytest.mark.thorough
 def test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline(tmp_path: Path) -> None:
     """4 ranks, 2 ranks, 3 ranks; equal within rounding to a run on one rank that never stopped, and as accurate."""
     for index, stop in enumerate(STOPS):
@@ -65,6 +66,7 @@ def _accuracy(output: str) -> str:
     return str(line)
 
 
+@pytest.mark.thorough
 def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     certified = launch(
         "lockstep verify --resume --ranks 2,2 -- --parallel zero3 --num_epochs 1", timeout_seconds=250, cwd=ROOT
@@ -77,9 +79,17 @@ def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     ("settings", "told"),
     [
         ("--parallel pipeline --pipeline.num_stages 3", "stages x replicas must be the number of ranks"),
-        ("--parallel zero2 --gradient.wire bf16", "gradient.wire is bf16: it does not go with zero2"),
-        ("--parallel zero3 --model.compile true", "model.compile is True: it does not go with zero3"),
-        ("--parallel zero4", "zero4"),
+        pytest.param(
+            "--parallel zero2 --gradient.wire bf16",
+            "gradient.wire is bf16: it does not go with zero2",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--parallel zero3 --model.compile true",
+            "model.compile is True: it does not go with zero3",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param("--parallel zero4", "zero4", marks=pytest.mark.thorough),
     ],
 )
 def test_what_does_not_go_together_is_told_once(settings: str, told: str, tmp_path: Path) -> None:
@@ -118,6 +128,7 @@ def test_a_merge_needs_memory_for_its_largest_tensor_only(tmp_path: Path) -> Non
     assert state_digest(tensors) in finished.stdout
 
 
+@pytest.mark.thorough
 def test_the_sharding_benchmark_proves_and_counts(tmp_path: Path) -> None:
     finished = launch(
         f"mpirun -np 2 lockstep benchmark sharding --updates 3 --model.vit.width 64 --out {tmp_path}",
@@ -134,6 +145,7 @@ def test_the_sharding_benchmark_proves_and_counts(tmp_path: Path) -> None:
     assert (tmp_path / "sharding.png").is_file()
 
 
+@pytest.mark.thorough
 def test_the_pipeline_benchmark_tells_its_ideal(tmp_path: Path) -> None:
     settings = "--rounds 2 --updates 2 --model.name vit --gradient.num_micro_batches 4 --data.name synthetic"
     finished = launch(f"mpirun -np 2 lockstep benchmark pipeline {settings} --out {tmp_path}")

@@ -12,6 +12,7 @@ from tests.launching import launch
 ONE_EPOCH = "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.schedule constant"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -31,6 +32,7 @@ def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights} == {torch.float32}
 
 
+@pytest.mark.thorough
 def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     trained = launch(f"python {ONE_EPOCH} --precision bf16 --run_dir {tmp_path}/run")
     evaluated = launch(f"lockstep evaluate {tmp_path}/run")
@@ -39,6 +41,7 @@ def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
     assert line in evaluated.stdout
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: Path) -> None:
     """Twenty updates in float64, without dropout, since compiled models draw other random numbers."""
     quick = "--data.name synthetic --data.num_samples 160 --data.batch_size 16 --num_epochs 2 --evaluate_every 0"
@@ -54,6 +57,7 @@ def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: P
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.thorough
 def test_every_rank_has_cpus_of_its_own_whatever_the_launcher_did(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
     finished = launch(f"horovodrun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")
@@ -64,6 +68,7 @@ def test_every_rank_has_cpus_of_its_own_whatever_the_launcher_did(tmp_path: Path
     assert not set(first["cpus"]) & set(second["cpus"])
 
 
+@pytest.mark.thorough
 def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
     finished = launch(f"taskset -c 1 mpirun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")
@@ -71,6 +76,7 @@ def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
     assert "warning: ranks 0 and 1 share CPU 1 of" in finished.stdout
 
 
+@pytest.mark.thorough
 def test_adasum_on_three_ranks_is_refused(tmp_path: Path) -> None:
     finished = launch(f"mpirun -np 3 python {ONE_EPOCH} --gradient.reduction adasum --run_dir {tmp_path}/run")
     assert finished.returncode == 2, finished.output

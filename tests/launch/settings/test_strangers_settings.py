@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,10 @@ PROGRAMS = {name: f"{shlex.quote(str(ROOT / 'app' / name))}" for name in ("train
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="acts as two other users: needs root and setpriv"
 )
+
+
+def _thorough(*values: str) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
 @pytest.fixture
@@ -85,7 +90,7 @@ def _commands(attack: dict[str, Path]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("way", ["train --config", "train --resume", "evaluate", "export"])
+@pytest.mark.parametrize("way", ["train --config", *_thorough("train --resume", "evaluate", "export")])
 def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], way: str) -> None:
     finished = _as_victim(_commands(attack)[way], place)
     assert not attack["mark"].exists(), finished.output
@@ -96,7 +101,9 @@ def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], 
     assert "Traceback" not in finished.output
 
 
-@pytest.mark.parametrize("program", ["train.py --resume", "evaluate.py runs/latest", "export.py runs/latest"])
+@pytest.mark.parametrize(
+    "program", ["train.py --resume", *_thorough("evaluate.py runs/latest", "export.py runs/latest")]
+)
 def test_a_planted_link_is_not_followed(place: Path, attack: dict[str, Path], program: str) -> None:
     _plant_latest(place, attack["run"])
     name, _, rest = program.partition(" ")
@@ -106,6 +113,7 @@ def test_a_planted_link_is_not_followed(place: Path, attack: dict[str, Path], pr
     assert "runs/latest is a link that nobody (uid 65534) has put into a folder of" in finished.stderr, finished.output
 
 
+@pytest.mark.thorough
 def test_settings_that_everybody_may_write_are_refused(place: Path, attack: dict[str, Path]) -> None:
     os.chown(attack["settings"], _victim()[0], -1)
     attack["settings"].chmod(0o666)
@@ -116,6 +124,7 @@ def test_settings_that_everybody_may_write_are_refused(place: Path, attack: dict
         assert "chmod o-w" in finished.stderr, finished.output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["train --config", "evaluate", "export"])
 def test_trusted_settings_run_and_what_is_no_data_set_is_told(place: Path, attack: dict[str, Path], way: str) -> None:
     finished = _as_victim(f"{_commands(attack)[way]} --trust true", place)
@@ -126,6 +135,7 @@ def test_trusted_settings_run_and_what_is_no_data_set_is_told(place: Path, attac
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.thorough
 def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path) -> None:
     theirs = place / "theirs"
     theirs.mkdir()
@@ -143,13 +153,32 @@ def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
-        ("--data.name os.system", DATA, "data.name is os.system: it must give a data set"),
-        ("--data.name builtins.print", DATA, "it gave NoneType None"),
-        ("--model.name builtins.list", SETTINGS, "model.name is builtins.list: "),
-        ("--model.name collections.Counter", SETTINGS, "model.name is collections.Counter: "),
+        pytest.param(
+            "--data.name os.system", DATA, "data.name is os.system: it must give a data set", marks=pytest.mark.thorough
+        ),
+        pytest.param("--data.name builtins.print", DATA, "it gave NoneType None", marks=pytest.mark.thorough),
+        pytest.param(
+            "--model.name builtins.list", SETTINGS, "model.name is builtins.list: ", marks=pytest.mark.thorough
+        ),
+        pytest.param(
+            "--model.name collections.Counter",
+            SETTINGS,
+            "model.name is collections.Counter: ",
+            marks=pytest.mark.thorough,
+        ),
         ("--model.name builtins.print", SETTINGS, "it must give torch's Module, and gave NoneType None"),
-        ("--task ppo --model.name builtins.print", SETTINGS, "it must give torch's Module, and gave NoneType None"),
-        ("--task ppo --model.name mlp --env.id builtins.dict", SETTINGS, "it must give gymnasium's Env, and gave dict"),
+        pytest.param(
+            "--task ppo --model.name builtins.print",
+            SETTINGS,
+            "it must give torch's Module, and gave NoneType None",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--task ppo --model.name mlp --env.id builtins.dict",
+            SETTINGS,
+            "it must give gymnasium's Env, and gave dict",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_what_a_name_gives_is_of_its_kind(tmp_path: Path, settings: str, code: int, message: str) -> None:

@@ -17,6 +17,7 @@ def _summary(run: Path) -> dict[str, float]:
     return summary
 
 
+@pytest.mark.thorough
 def test_a_pole_is_balanced_and_another_program_sees_it(tmp_path: Path) -> None:
     """The first command of docs/agents.md: at least 475 over 100 episodes. Then the merged policy, on two ranks."""
     command, *_, evaluate = [line.split("  #")[0] for line in block_of(DOC, "bash", "env/run horovodrun").splitlines()]
@@ -51,6 +52,7 @@ def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
     assert "Return: 0.75 +- 0.00 in 7 episodes" in evaluated.stdout, evaluated.output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
@@ -70,6 +72,7 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
         assert len(picture.convert("RGB").getcolors(2**16) or []) > 2  # something is drawn
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -84,6 +87,7 @@ def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: P
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.thorough
 def test_a_run_of_one_task_is_not_evaluated_as_another(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
     assert launch(f"python app/train.py {quick} --run_dir {tmp_path}/run").returncode == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from PIL import Image
 
 from tests.launching import ROOT, block_of, launch
@@ -32,6 +33,7 @@ def _workers() -> set[int]:
     }
 
 
+@pytest.mark.thorough
 def test_a_folder_of_images_is_learned_by_ranks_with_workers(tmp_path: Path) -> None:
     """With augmentation and mixup: each image once an epoch, and no leftover worker process."""
     _make_folder(tmp_path / "images")
@@ -63,6 +65,7 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
     assert _workers() <= before
 
 
+@pytest.mark.thorough
 def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     """The example of docs/vision.md."""
     (tmp_path / "my_shapes.py").write_text(block_of(DOC, "python", "# my_shapes.py"))

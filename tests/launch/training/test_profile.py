@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch, slowness
 
 TRAIN = f"{ROOT}/app/train.py"
 COMMON = ["--data.name", "synthetic", "--data.num_samples", "640", "--data.batch_size", "64", "--num_epochs", "2"]
@@ -34,6 +34,7 @@ def _named(events: Events, name: str, pid: int) -> Events:
     return [event for event in events if event.get("name") == name and event["pid"] == pid]
 
 
+@pytest.mark.thorough
 def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> None:
     output = _train(["mpirun", "-np", "2"], tmp_path / "run", "--profile", "9-11")
     events = _trace(tmp_path / "run")
@@ -72,8 +73,18 @@ def test_two_ranks_and_horovod_are_in_one_trace_on_one_clock(tmp_path: Path) -> 
     ("prefix", "settings", "phase"),
     [
         ([], ["--profile", "11-99"], "forward and backward pass"),  # from an epoch's first update to the end of the run
-        (["mpirun", "-np", "2"], ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"], "message from rank"),
-        (["horovodrun", "--gloo", "-np", "2"], ["--profile", "10", "--parallel", "zero3"], "all-gather"),  # no timeline
+        pytest.param(
+            *(
+                ["mpirun", "-np", "2"],
+                ["--profile", "3", "--parallel", "pipeline", "--quiet", "true"],
+                "message from rank",
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(  # no timeline
+            *(["horovodrun", "--gloo", "-np", "2"], ["--profile", "10", "--parallel", "zero3"], "all-gather"),
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_whatever_the_strategy_and_the_launcher(
@@ -90,6 +101,7 @@ def test_whatever_the_strategy_and_the_launcher(
     assert ("ms an update" in output) == ("--quiet" not in settings)
 
 
+@pytest.mark.thorough
 def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
     settings = ["--config", "cartpole", "--ppo.total_steps", "512", "--ppo.num_steps", "8", "--profile", "3-4"]
     finished = launch(
@@ -101,9 +113,10 @@ def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
     assert "steps of the environments" in {share["name"] for share in table["phases"]}
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopping = ["--num_epochs", "100000", "--stop.after_minutes", "0.25", "--stop.margin_seconds", "1"]
+    stopping = ["--num_epochs", "100000", "--stop.after_minutes", f"{0.25 * slowness()}", "--stop.margin_seconds", "1"]
     stopping += ["--profile", "9-999999"]
     finished = launch(["python", TRAIN, *COMMON, *stopping, "--run_dir", str(run)], timeout_seconds=120)
     assert finished.returncode == 75, finished.output
@@ -114,6 +127,7 @@ def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again
     assert _table(run) == table
 
 
+@pytest.mark.thorough
 def test_updates_that_never_come_are_refused(tmp_path: Path) -> None:
     finished = launch(["mpirun", "-np", "2", "python", TRAIN, *COMMON, "--profile", "21", "--run_dir", str(tmp_path)])
     assert finished.returncode == 2, finished.output

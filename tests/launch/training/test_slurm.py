@@ -83,7 +83,6 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.usefixtures("job_in_its_last_minute")
 def test_a_job_on_two_nodes_trains_and_another_evaluates(
     slurm: SlurmCluster, never_stopped: Job, tmp_path: Path
 ) -> None:
@@ -98,6 +97,7 @@ def test_a_job_on_two_nodes_trains_and_another_evaluates(
     assert accuracy in never_stopped.output
 
 
+@pytest.mark.thorough
 def test_where_srun_cannot_start_mpi_mpirun_does(slurm: SlurmCluster, clone: Path) -> None:
     """A plugin that Slurm lists and that fails; a setting with a blank in it passes through."""
     (plugin,) = Path("/usr/lib").glob("*/slurm*/mpi_pmix.so")
@@ -115,6 +115,7 @@ def test_where_srun_cannot_start_mpi_mpirun_does(slurm: SlurmCluster, clone: Pat
     assert json.loads((clone / "my run" / "summary.json").read_text())["num_ranks"] == 4
 
 
+@pytest.mark.thorough
 def test_a_stopped_job_goes_on_and_ends_with_the_model_of_one_that_never_stopped(
     slurm: SlurmCluster, never_stopped: Job, clone: Path
 ) -> None:
@@ -131,6 +132,8 @@ def test_a_stopped_job_goes_on_and_ends_with_the_model_of_one_that_never_stopped
     assert sha256(models[0]) == sha256(models[1])
 
 
+@pytest.mark.thorough
+@pytest.mark.usefixtures("job_in_its_last_minute")
 def test_a_lost_rank_is_worth_another_attempt_only_after_progress(slurm: SlurmCluster, clone: Path) -> None:
     """And a job that was cancelled is not worth any."""
     lost, lost_later, cancelled = (
@@ -156,6 +159,7 @@ def test_a_lost_rank_is_worth_another_attempt_only_after_progress(slurm: SlurmCl
     assert AGAIN not in cancelled.output
 
 
+@pytest.mark.thorough
 def test_a_mistake_is_told_once_with_its_exit_code_and_not_repeated(slurm: SlurmCluster, clone: Path) -> None:
     jobs = {
         launcher: slurm.submit(f"{FOUR_RANKS} slurm/train.sbatch --nonsense", clone, LOCKSTEP_LAUNCHER=launcher)
@@ -169,6 +173,7 @@ def test_a_mistake_is_told_once_with_its_exit_code_and_not_repeated(slurm: Slurm
         assert f"ended with exit code 2 (docs/exit-codes.md); {NOT_AGAIN}" in job.output
 
 
+@pytest.mark.thorough
 def test_a_sweep_ends_with_one_table(slurm: SlurmCluster, clone: Path) -> None:
     """One of its runs fails, and one row too many is asked for."""
     rows = ("--optimizer.learning_rate 0.02 --data.root 'a folder'", "--optimizer.learning_rate -1", "--seed 7")
@@ -192,6 +197,7 @@ def test_a_sweep_ends_with_one_table(slurm: SlurmCluster, clone: Path) -> None:
     assert " optimizer.learning_rate ┃" in two_runs.stdout
 
 
+@pytest.mark.thorough
 def test_doctor_and_benchmark_start_as_training_does(slurm: SlurmCluster, clone: Path) -> None:
     doctor = slurm.submit(f"{FOUR_RANKS} slurm/doctor.sbatch", clone)
     assert doctor.wait() in (0, 8), doctor.output  # nodes that share two cores may well be found unhealthy
@@ -203,6 +209,7 @@ def test_doctor_and_benchmark_start_as_training_does(slurm: SlurmCluster, clone:
     assert '"num_ranks": 2' in benchmark.output
 
 
+@pytest.mark.thorough
 def test_gpus_that_no_task_will_use_are_told(slurm: SlurmCluster, clone: Path) -> None:
     job = slurm.submit("--gpus-per-node=2 --cpus-per-task=2 slurm/train.sbatch --print_config", clone)
     assert job.wait() == 0, job.output
@@ -217,6 +224,7 @@ def test_a_script_that_cannot_find_the_clone_says_so(slurm: SlurmCluster, tmp_pa
     assert job.output == f"slurm: Lockstep is not in {tmp_path}: submit from its clone\n"
 
 
+@pytest.mark.thorough
 def test_the_end_of_the_time_stops_a_job_that_no_signal_reaches(job_in_its_last_minute: Job) -> None:
     job = job_in_its_last_minute
     assert job.wait() == 75, job.output

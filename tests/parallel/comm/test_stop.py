@@ -34,7 +34,9 @@ def requests() -> Iterator[StopRequests]:
 
 
 @pytest.mark.world_size(3)
-@pytest.mark.parametrize("parallel", ["replicated", "zero3", "pipeline"])
+@pytest.mark.parametrize(
+    "parallel", ["replicated", *(pytest.param(how, marks=pytest.mark.thorough) for how in ("zero3", "pipeline"))]
+)
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     cluster: Cluster, tmp_path: Path, requests: StopRequests, parallel: str
 ) -> None:

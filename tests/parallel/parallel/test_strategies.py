@@ -12,7 +12,8 @@ from lockstep.settings import ModelSettings, VitSettings
 TOLERANCE = 1e-10
 SMALL = ModelSettings(vit=VitSettings(width=16, depth=3, num_heads=2, patch_size=14))
 IN_PARTS = [how for how in STRATEGIES if how != "replicated"]
-SIZES = [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3, 4)]
+SIZES = [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3)]
+SIZES.append(pytest.param(4, marks=[pytest.mark.world_size(4), pytest.mark.thorough]))
 
 
 @pytest.mark.usefixtures("_no_key_biases")

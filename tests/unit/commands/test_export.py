@@ -50,7 +50,10 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", [*IMAGES, *POLICIES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[] if each in ("net", "mlp") else pytest.mark.thorough) for each in (*IMAGES, *POLICIES)],
+)
 def test_what_is_written_gives_what_the_model_gives(name: str, form: str, folder: RunFolder) -> None:
     model, inputs = _model(name)
     assert export(model, inputs, folder, form) <= 1e-5

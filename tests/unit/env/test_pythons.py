@@ -48,6 +48,7 @@ def test_env_compiles_and_can_be_imported(python: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(_version(SYSTEM) < OLDEST, reason=f"{SYSTEM} is missing, or older than 3.11")
 def test_the_tests_of_env_pass_on_the_systems_own_python(tmp_path: Path) -> None:
     for name in PYTEST:

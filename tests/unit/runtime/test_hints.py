@@ -43,7 +43,9 @@ def test_a_blank_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_environment("mpirun -np 2") == "env/run mpirun -np 2"
 
 
-@pytest.mark.parametrize("how", ["env/run", "from beside", "activated"])
+@pytest.mark.parametrize(
+    "how", ["env/run", *(pytest.param(how, marks=pytest.mark.thorough) for how in ("from beside", "activated"))]
+)
 def test_the_user_can_type_what_a_program_suggests(how: str, tmp_path: Path) -> None:
     """An unknown setting is refused with the command that shows them all; that command is then run in a fresh shell."""
     root, folder = ROOT, ROOT

@@ -54,7 +54,7 @@ def _read(controller: int) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [40, pytest.param(80, marks=pytest.mark.thorough)])
 def test_the_bar_fits_a_narrow_terminal_with_loss_rate_and_time_left(columns: int, tmp_path: Path) -> None:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _in_a_terminal(tmp_path, columns, {"TERM": "xterm-256color"}))
     lines = [line for line in re.split(r"[\r\n]+", shown) if line]
@@ -66,6 +66,7 @@ def test_the_bar_fits_a_narrow_terminal_with_loss_rate_and_time_left(columns: in
     assert "Batch: 2500, 640 images/s, 0:04:10 left"[:columns] in lines
 
 
+@pytest.mark.thorough
 def test_no_colours_where_none_are_wanted(tmp_path: Path) -> None:
     shown = _in_a_terminal(tmp_path, 80, {"TERM": "xterm-256color", "NO_COLOR": "1"})
     assert "2500/5000" in shown
