@@ -8,10 +8,14 @@ from typing import Any
 
 from lockstep.comm.cluster import Cluster  # isort: skip  MPI before Horovod
 import json
+import os
 
 from torch import nn
 
-from lockstep.comm.session import session, stall_handler
+from lockstep.comm.program import tell
+from lockstep.comm.session import restored_process, session, stall_handler
+from lockstep.comm.stop import StopRequests
+from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.reading import parse_settings
 from lockstep.tasks.task import Evaluation, Task
@@ -30,7 +34,10 @@ def read_settings(*options: str) -> Settings:
     Raises:
         SettingsError: a setting is unknown or wrong.
     """
-    return parse_settings(options)[0]
+    settings, resume = parse_settings(options)
+    if resume:
+        raise SettingsError("--resume is no setting: call train(settings, resume=True)")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,15 @@ def train(settings: Settings, resume: bool = False, hooks: Sequence[TrainerHook]
     Raises:
         LockstepError: on every rank. An error that only one of several ranks has is printed, and the job is aborted.
         StoppedError: SIGUSR1, SIGTERM, Ctrl-C or the end of the job's time stopped it, and it was saved.
-        StalledError: of one rank, nothing happened for `stall.limit_seconds`.
+        StalledError: of one rank in its main thread: nothing happened for `stall.limit_seconds`. Other stalled jobs are
+            ended by their watchdog.
     """
     with session() as cluster:
-        return FinishedRun(run(cluster, hooks, lambda: (settings, resume), stall_handler(cluster)))
+        requests = StopRequests(tell if cluster.is_root else lambda _: None)
+        path = run(cluster, hooks, lambda: (settings, resume), stall_handler(cluster), requests)
+    if requests.received:  # too late for this run: for whatever follows it
+        os.kill(os.getpid(), requests.received)
+    return FinishedRun(path)
 
 
 def evaluate(path: Path | str, trust: bool = False) -> Evaluation:
@@ -100,14 +112,18 @@ def evaluate(path: Path | str, trust: bool = False) -> Evaluation:
 def load_model(path: Path | str, trust: bool = False) -> nn.Module:
     """Load the merged model of a finished run, on the CPU and in evaluation mode. Not a collective.
 
+    The network is built from the run's settings and its data set or environment, which must be there.
+
     Args:
         path: the run folder.
         trust: import code that another user's settings name.
 
     Raises:
+        DataError: the run's data set, which tells the shape of inputs and the classes, is missing.
         StorageError: the run is not finished, or its model was altered.
     """
-    return _load(Path(path), trust, Cluster.alone())[1].eval()
+    with restored_process():
+        return _load(Path(path), trust, Cluster.alone())[1].eval()
 
 
 def _load(path: Path, trust: bool, cluster: Cluster) -> tuple[Task, nn.Module]:

@@ -21,6 +21,16 @@ def gpu_left_idle() -> bool:
     return torch.cuda.is_available() and not hvd.nccl_built()
 
 
+def horovod_runs() -> bool:
+    """Whether Horovod has been started in this process, and not stopped."""
+    return bool(hvd.is_initialized())
+
+
+def stop_horovod() -> None:
+    """Stop Horovod, if it runs; not a collective."""
+    hvd.shutdown()
+
+
 def start_horovod(device: torch.device, sets: Sequence[hvd.ProcessSet] = ()) -> None:
     # Fusion would sum tensors that happen to be ready together in an order that changes from run to run, and copy them
     # into a buffer of 128 MiB.

@@ -33,19 +33,15 @@ def run_program(main: Callable[[Cluster], object]) -> None:
         _leave(cluster, request.code)
     except LockstepError as error:
         if not error.shared:
-            abort(str(error), error.exit_code)
+            abort_for(error)
         launcher = detect_launcher(os.environ)
         if reports_errors(launcher, rank_in_job(), size_of_job()):
             tell(str(error))
         elif mpi_misses_processes(launcher, size_of_job()):
             _wait_for_report(error.exit_code)
         _leave(cluster, error.exit_code)
-    except KeyboardInterrupt:
-        abort("interrupted", ExitCode.INTERRUPTED)
     except BaseException as error:
-        # A HorovodInternalError mostly follows from another rank's error, which should be printed first.
-        delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0
-        abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)
+        abort_for(error)
     else:
         _leave(cluster, ExitCode.DONE)
 
@@ -83,6 +79,17 @@ def _wait_for_report(code: ExitCode) -> None:
     """Leave time for another process to print the error. If the launcher ends this one meanwhile, exit with `code`."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     time.sleep(REPORT_SECONDS)
+
+
+def abort_for(error: BaseException) -> NoReturn:
+    """Print an error of this rank alone, which is being handled, and end the whole job."""
+    if isinstance(error, LockstepError):
+        abort(str(error), error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        abort("interrupted", ExitCode.INTERRUPTED)
+    # A HorovodInternalError mostly follows from another rank's error, which should be printed first.
+    delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0
+    abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)
 
 
 def abort(message: str, code: ExitCode, delay_seconds: float = 0.0) -> NoReturn:

@@ -67,6 +67,7 @@ class Watchdog:
         self._abort = abort
         self._raise_stall = raise_stall
         self._closed = threading.Event()
+        self._raising = threading.Lock()
         recorder.write_to(record_path(folder, rank), rank, size)
         self._stacks = record_path(folder, rank).with_suffix(".stacks").open("w")
         # A handler in C: it also shows a thread that hangs in a library and holds the interpreter's lock.
@@ -77,7 +78,13 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching: the run is over."""
         self._closed.set()
+        with self._raising:  # no stall is raised from here on
+            pass
         self._recorder.enter("leaving")
+        if self._raise_stall is not None:  # the process goes on
+            faulthandler.unregister(signal.SIGUSR2)
+            self._stacks.close()
+            self._recorder.close()
 
     def _watch(self) -> None:
         look = min(POLL_SECONDS, self._limit / 10)
@@ -89,15 +96,24 @@ class Watchdog:
                 seconds_silent += look
             limit = max(self._limit, MIN_START_SECONDS) if self._recorder.is_starting else self._limit
             if seconds_silent >= limit:
-                self._end_stall() if self._raise_stall is None else self._tell_stall(self._raise_stall)
-                return
+                if self._raise_stall is None:
+                    self._end_stall()
+                    return
+                self._tell_stall(self._raise_stall)
+                seconds_silent = 0.0  # once more, if the main thread hangs in a library or swallows the error
 
     def _tell_stall(self, raise_stall: Callable[[str], None]) -> None:
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        text = verdict(read_heartbeats(self._folder), time.time())
-        with suppress(OSError):
-            (self._folder / VERDICT).write_text(text + "\n")
-        raise_stall(text)
+        """Print the verdict and raise it in the main thread, which a hang in a library delays until it returns."""
+        with self._raising:
+            if self._closed.is_set():
+                return
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._recorder.record_stall("")
+            text = verdict(read_heartbeats(self._folder), time.time())
+            with suppress(OSError):
+                (self._folder / VERDICT).write_text(text + "\n")
+            self._tell(text)
+            raise_stall(text)
 
     def _end_stall(self) -> None:
         last_resort = threading.Timer(MAX_SECONDS, os._exit, (ExitCode.STALLED,))  # if the file system hangs, too

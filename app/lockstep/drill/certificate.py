@@ -13,8 +13,10 @@ without dropout (whose masks differ by rank), the runs must agree within roundin
 import argparse
 import contextlib
 import json
+import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -81,9 +83,13 @@ class Kill:
     updates_per_epoch: int
 
     def is_now(self, beat: Heartbeat) -> bool:
-        """Whether a rank with this heartbeat has done `after` updates, has some left, and is in mid-epoch."""
+        """Whether a rank with this heartbeat has done `after` updates, has some left, and is in mid-epoch.
+
+        Not in the last update of an epoch, which might be over when the signal arrives.
+        """
         done = beat.update - 1
-        is_between_epochs = self.updates_per_epoch > 1 and done % self.updates_per_epoch == 0
+        of_epoch, num_of_epoch = done % self.updates_per_epoch, self.updates_per_epoch
+        is_between_epochs = num_of_epoch > 1 and (of_epoch == 0 or (num_of_epoch > 2 and of_epoch == num_of_epoch - 1))
         is_late_enough = max(self.after, 1) <= done < self.num_updates
         return is_late_enough and not is_between_epochs and beat.phase not in ("evaluation", "merging")
 
@@ -129,11 +135,11 @@ def _train(launcher: str, num_ranks: int, run: Path, settings: list[str], kill: 
                 if process.wait(timeout=ATTEMPT_TIMEOUT_SECONDS) == 0:
                     return
             elif _wait_for_kill(process, run, num_ranks, began, kill):
-                killed = _kill_ranks(process)
+                killed = sum(_kill_rank(beat.pid, run) for beat in read_heartbeats(run / RECORDER))
                 beats = read_heartbeats(run / RECORDER)
                 print(f"killed: {killed} rank(s) in update {max(beat.update for beat in beats)}", flush=True)
-                if any(beat.update > kill.num_updates for beat in beats):
-                    raise LockstepError("the kill came after the last update: try another --seed")
+                if not all(map(kill.is_now, beats)):
+                    raise LockstepError("the kill came when an epoch was over: try another --seed")
                 if killed == num_ranks:
                     process.wait(timeout=60)
                     return
@@ -161,16 +167,22 @@ def _wait_for_kill(process: psutil.Popen, run: Path, num_ranks: int, began: floa
     return False
 
 
-def _kill_ranks(process: psutil.Popen) -> int:
-    """Send SIGKILL to every rank that `process` has started; return their number."""
-    num_killed = 0
+def _kill_rank(pid: int, run: Path) -> bool:
+    """Send SIGKILL to process `pid`, if it trains `run` on this machine; return whether it does."""
+    with contextlib.suppress(OSError):
+        if os.fsencode(run) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+def _kill_ranks(process: psutil.Popen) -> None:
+    """Send SIGKILL to every rank that `process` has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in [*process.children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 if child.cmdline()[1:4] == TRAIN:
                     child.kill()
-                    num_killed += 1
-    return num_killed
 
 
 def _last_checkpoint(run: Path) -> Checkpoint:

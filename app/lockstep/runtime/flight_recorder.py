@@ -100,6 +100,12 @@ class FlightRecorder:
         _IDENTITY.pack_into(self._record, 0, _MAGIC, rank, size, os.getpid(), platform.node().encode())
         self.enter(self._phase)
 
+    def close(self) -> None:
+        """Release the file; what is recorded later is still written to it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
     def enter(self, phase: str, update: int | None = None) -> None:
         """Begin `phase`, of `update` (counted from 1) or of the same update as before."""
         self._account(phase)

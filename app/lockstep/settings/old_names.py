@@ -46,7 +46,9 @@ def rename_variables(prefix: str) -> list[str]:
 def rename_in_file(content: Mapping[Any, Any]) -> dict[Any, Any]:
     """Replace old names in the content of a settings file, which has groups as mappings or full names."""
     renamed: dict[Any, Any] = {}
-    for name, value in content.items():
+    groups = {name.partition(".")[0] for name in NEW_NAMES}
+    old_first = sorted(content.items(), key=lambda item: str(item[0]).partition(".")[0] not in groups)  # new names win
+    for name, value in old_first:
         if name in NEW_NAMES:
             name, value = NEW_NAMES[name].split(".")[0], {NEW_NAMES[name].split(".")[1]: value}
         elif isinstance(value, Mapping) and any(f"{name}.{inner}" in NEW_NAMES for inner in value):

@@ -22,10 +22,10 @@ class TrainerHook:
         """
 
     def after_update(self, trainer: "Trainer") -> None:
-        """After the optimizer's step, which `trainer.progress` counts by now, before the replica check."""
+        """After an update, skipped or not, which `trainer.progress` counts by now; before the replica check."""
 
     def at_checkpoint(self, trainer: "Trainer") -> None:
-        """After a checkpoint was taken; it may still be being written."""
+        """After a checkpoint was taken; a thread may still be writing it."""
 
     def at_end(self, trainer: "Trainer", evaluation: "Evaluation") -> None:
         """After the last update and its evaluation, before the model is merged."""

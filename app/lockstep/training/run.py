@@ -38,21 +38,23 @@ def run(
     hooks: Sequence[TrainerHook] = (),
     read: Read = parse_settings,
     raise_stall: Callable[[str], None] | None = None,
+    requests: StopRequests | None = None,
 ) -> Path:
     """Collective: one run, from its settings to its merged model; `hooks` are called on the way.
 
     Args:
         raise_stall: see `Watchdog`.
+        requests: signals to stop, if the caller looks at them, too.
 
     Returns:
         The run folder.
     """
-    started, requests = time.time(), StopRequests(tell if cluster.is_root else lambda _: None)
-    state = ElasticState()
+    started, state = time.time(), ElasticState()
+    signals = requests or StopRequests(tell if cluster.is_root else lambda _: None)
 
     def vote(generation: Cluster, settings: Settings, hosts: HostUpdates | None = None) -> StopVote:
         end = end_time(settings.stop.after_minutes, started)
-        return GenerationVote(generation, requests, end, hosts) if hosts else StopVote(generation, requests, end)
+        return GenerationVote(generation, signals, end, hosts) if hosts else StopVote(generation, signals, end)
 
     def train_generation(generation: Cluster, hosts: HostUpdates | None = None) -> None:
         train(generation, state, read, lambda settings: vote(generation, settings, hosts), hooks, raise_stall)

@@ -165,11 +165,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _finishing_to_write(self) -> Iterator[None]:
-        """When all ranks raise the same error, finish the checkpoint that is being written first."""
+        """Finish the checkpoint that is being written before an error leaves, if no other rank waits for this one."""
         try:
             yield
-        except LockstepError as error:
-            if error.shared:
+        except BaseException as error:
+            if self._cluster.size == 1 or (isinstance(error, LockstepError) and error.shared):
                 with contextlib.suppress(StorageError):
                     self.writer.wait()
             raise
@@ -265,6 +265,8 @@ class Trainer:
         }
         self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
         self.loader.after_checkpoint()
+        if self.hooks:
+            self.writer.wait_for_copy()  # a hook may change the model
         for hook in self.hooks:
             hook.at_checkpoint(self)
 

@@ -156,7 +156,7 @@ def test_a_stall_is_raised(tmp_path: Path) -> None:
         """,
     )
     assert finished.returncode == 0, finished.output
-    assert "told StalledError the job stalled" in finished.stdout
+    assert "told StalledError the job stalled. rank 0: data loading of update 1 for" in finished.stdout
     assert (tmp_path / "first" / "recorder" / "verdict.txt").exists()
 
 
