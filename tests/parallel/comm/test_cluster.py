@@ -52,9 +52,10 @@ def test_sum_adds_over_ranks_in_place(cluster: Cluster, dtype: torch.dtype) -> N
 
 @pytest.mark.world_size(2)
 def test_compute_threads_share_the_cores(cluster: Cluster) -> None:
-    if "OMP_NUM_THREADS" in os.environ:
-        pytest.skip("the user's own number of threads counts")
     mine = (torch.get_num_threads(), frozenset(os.sched_getaffinity(0)))
     everyone = cluster.all_gather_object(mine)
     cores = frozenset().union(*(cores for _, cores in everyone))
-    assert sum(threads for threads, _ in everyone) <= max(len(cores), cluster.size)
+    if asked := os.environ.get("OMP_NUM_THREADS"):  # the user's own number counts
+        assert [threads for threads, _ in everyone] == [int(asked)] * cluster.size
+    else:
+        assert sum(threads for threads, _ in everyone) <= max(len(cores), cluster.size)
