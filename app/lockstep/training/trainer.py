@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.stop import StopVote, closing_vote
 from lockstep.parallel.rank_grid import RankGrid
+from lockstep.parallel.step import FORWARD_BACKWARD
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
 from lockstep.runtime.seeding import random_state_digest, update_seed
@@ -187,7 +188,7 @@ class Trainer:
         ids = item.ids if self._grid.counts_samples else item.ids[:0]
         self._ledger.announce(progress.step, self.loader.epoch, ids)
         skipped = False
-        self._enter("forward and backward pass", progress.step + 1)
+        self._enter(FORWARD_BACKWARD, progress.step + 1)
         try:
             self.metrics.add(self.task.learn(item, self.strategy, seed, self.writer.wait_for_copy))
         except NonFiniteError as error:
