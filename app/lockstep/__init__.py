@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lockstep.comm.cluster import Cluster as Cluster
     from lockstep.runtime.errors import LockstepError as LockstepError
     from lockstep.settings import Settings as Settings
+    from lockstep.tasks.supervised import SupervisedTask as SupervisedTask
     from lockstep.tasks.task import Task as Task
     from lockstep.training.hooks import TrainerHook as TrainerHook
 
@@ -26,6 +27,7 @@ _MODULES = {
     "FinishedRun": "api",
     "LockstepError": "runtime.errors",
     "Settings": "settings",
+    "SupervisedTask": "tasks.supervised",
     "Task": "tasks.task",
     "TrainerHook": "training.hooks",
     "evaluate": "api",

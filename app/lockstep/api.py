@@ -18,6 +18,7 @@ from lockstep.comm.stop import StopRequests
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.reading import parse_settings
+from lockstep.tasks.supervised import SupervisedTask
 from lockstep.tasks.task import Evaluation, Task
 from lockstep.training.build import build_task
 from lockstep.training.hooks import TrainerHook
@@ -69,7 +70,12 @@ class FinishedRun:
             return [json.loads(line) for line in RunFolder(self.path).metrics.read_text().splitlines()]
 
 
-def train(settings: Settings, resume: bool = False, hooks: Sequence[TrainerHook] = ()) -> FinishedRun:
+def train(
+    settings: Settings,
+    resume: bool = False,
+    hooks: Sequence[TrainerHook] = (),
+    task: type[SupervisedTask] | None = None,
+) -> FinishedRun:
     """Collective: train one run on all ranks of this job, and merge its model on rank 0.
 
     The process is left as it was found: signal handlers, CPU binding, threads, deterministic mode and random state are
@@ -79,6 +85,7 @@ def train(settings: Settings, resume: bool = False, hooks: Sequence[TrainerHook]
         settings: rank 0's count.
         resume: continue the run in `settings.run_dir` from its last checkpoint.
         hooks: called on the way, on every rank.
+        task: what to train, in place of `settings.task`; its own settings are in `settings.options`.
 
     Raises:
         LockstepError: on every rank. An error that only one of several ranks has is printed, and the job is aborted.
@@ -86,6 +93,8 @@ def train(settings: Settings, resume: bool = False, hooks: Sequence[TrainerHook]
         StalledError: of one rank in its main thread: nothing happened for `stall.limit_seconds`. Other stalled jobs are
             ended by their watchdog.
     """
+    if task is not None:
+        settings = replace(settings, task=f"{task.__module__}.{task.__qualname__}")
     with session() as cluster:
         requests = StopRequests(tell if cluster.is_root else lambda _: None)
         path = run(cluster, hooks, lambda: (settings, resume), stall_handler(cluster), requests)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
+from lockstep.data.batch import DataBatch
 from lockstep.data.image_set import ImageSet
-from lockstep.data.loader import BatchLoader, LabelledBatch
+from lockstep.data.loader import BatchLoader
 from lockstep.models.vit import vit_blocks
 from lockstep.parallel.strategy import Strategy
 from lockstep.settings import Settings
@@ -30,18 +31,21 @@ def build_trainer(cluster: Cluster, settings: Settings, folder: Path, resume: bo
 class CrossEntropy:
     """An `Objective`."""
 
+    num_metric_sums = 3
+
+    def weight(self, metric_sums: Tensor) -> Tensor | None:  # noqa: ARG002
+        return None
+
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
         outputs: Tensor = model(inputs)
         return outputs
 
-    def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(outputs, batch.targets, reduction="sum")
-        return loss, torch.tensor([loss.item(), 0.0, len(batch.targets)], dtype=torch.float64)
+    def loss_sum(self, outputs: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(outputs, batch.data[1], reduction="sum")
+        return loss, torch.tensor([loss.item(), 0.0, len(batch)], dtype=torch.float64)
 
 
-def make_batch(
-    shard_id: int, num_shards: int, num_samples: int, shape: tuple[int, int, int] = (2, 3, 3)
-) -> LabelledBatch:
+def make_batch(shard_id: int, num_shards: int, num_samples: int, shape: tuple[int, int, int] = (2, 3, 3)) -> DataBatch:
     """One shard's part of a global batch of `num_samples` images of `shape`, in 3 classes and float64."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (num_samples, *shape), generator=generator).to(torch.uint8)

@@ -21,7 +21,7 @@ import torch
 
 from lockstep.benchmark.throughput import forever
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.tensor_slices import State
 from lockstep.runtime.command_line import command_parser
 from lockstep.settings import CheckpointSettings, CheckSettings, DataSettings, Settings
@@ -59,7 +59,7 @@ class Runner:
     """A trainer for one variant, and its batches."""
 
     trainer: Trainer
-    batches: Iterator[LabelledBatch]
+    batches: Iterator[DataBatch]
     deterministic: bool
 
     def block(self, num_updates: int) -> float:

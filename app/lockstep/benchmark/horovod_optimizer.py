@@ -15,7 +15,7 @@ import horovod.torch as hvd
 import torch.nn.functional as F
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.step import train_step
 from lockstep.runtime.command_line import command_parser
@@ -50,22 +50,22 @@ def main(cluster: Cluster, arguments: Sequence[str]) -> None:
         print(f"flat buffer is {statistics.median(ratios):.3f} times as fast ({min(ratios):.3f} ... {max(ratios):.3f})")
 
 
-def _lockstep_update(cluster: Cluster, task: Classify) -> Callable[[LabelledBatch], object]:
+def _lockstep_update(cluster: Cluster, task: Classify) -> Callable[[DataBatch], object]:
     model = task.build_model()
     strategy = Replicated(model, build_optimizer(model, SETTINGS.optimizer), cluster)
 
     return lambda batch: train_step(strategy, batch, task, seed=0)
 
 
-def _horovod_update(task: Classify) -> Callable[[LabelledBatch], object]:
+def _horovod_update(task: Classify) -> Callable[[DataBatch], object]:
     model = task.build_model()
     optimizer = hvd.DistributedOptimizer(
         build_optimizer(model, SETTINGS.optimizer), named_parameters=model.named_parameters()
     )
 
-    def update(batch: LabelledBatch) -> None:
+    def update(batch: DataBatch) -> None:
         optimizer.zero_grad()
-        F.nll_loss(task.outputs(model, batch.inputs), batch.targets).backward()
+        F.nll_loss(task.outputs(model, batch.inputs), batch.data[1]).backward()
         optimizer.step()
 
     return update

@@ -96,7 +96,7 @@ def measure_strategy(cluster: Cluster, settings: Settings, scratch: Path, num_up
     strategy.merge(lambda name, tensor: weights.update({name: tensor}))
     held_formula, sent_formula = formulas(cluster, strategy, settings)
     return StrategyResult(
-        [loss_sum / num_samples for loss_sum, _, num_samples in losses],
+        [trainer.task.scores(sums)["loss"] for sums in losses],
         weights,
         held,
         held_formula,

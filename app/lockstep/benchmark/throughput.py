@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.step import PHASES
 from lockstep.runtime.flight_recorder import WAITING, FlightRecorder
 from lockstep.runtime.seeding import seed_model
@@ -147,7 +147,7 @@ class _Run:
         return parts
 
 
-def forever(trainer: Trainer) -> Iterator[LabelledBatch]:
+def forever(trainer: Trainer) -> Iterator[DataBatch]:
     """Yield the batches of one epoch after the other, without end."""
     while True:
         yield from trainer.loader.rest_of_epoch()
@@ -177,7 +177,7 @@ class _Limit:
             self._next += 1
             started = time.perf_counter()
             self._optimizer.zero_grad()
-            F.nll_loss(self._task.outputs(self._model, batch.inputs), batch.targets).backward()
+            F.nll_loss(self._task.outputs(self._model, batch.inputs), batch.data[1]).backward()
             self._optimizer.step()
             if self._device.type == "cuda":
                 torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
@@ -21,7 +21,7 @@ from lockstep.runtime.command_line import command_parser, plain_console
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.trust import add_trust
-from lockstep.tasks.classify import Classify, Evaluation
+from lockstep.tasks.classify import Classify
 from lockstep.tasks.task import Task
 from lockstep.training.build import build_task
 from lockstep.training.run_folder import RunFolder, load_into, storage_errors
@@ -39,8 +39,8 @@ def run(cluster: Cluster) -> None:
     cluster.on_every_rank(lambda: load_into(model, folder))
     evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
-        if isinstance(task, Classify) and isinstance(evaluation, Evaluation):
-            _print_confusion(evaluation.confusion, task.held_out.classes)
+        if "confusion" in evaluation.details:
+            _print_confusion(evaluation.details["confusion"], evaluation.details["classes"])
         print(evaluation)
         if isinstance(task, Classify):
             _draw_worst_mistakes(task, model, folder.path / "mistakes.png")
@@ -56,20 +56,20 @@ def _settings_for(arguments: argparse.Namespace) -> Settings:
         SettingsError: `arguments` are for another kind of task.
     """
     settings = RunFolder.open(arguments.run).load_settings(arguments.trust == "true")
-    if settings.task == "classify" and (arguments.record or arguments.episodes):
-        raise SettingsError(f"{arguments.run} has learned to classify: --episodes and --record are for agents")
+    if settings.task != "ppo" and (arguments.record or arguments.episodes):
+        raise SettingsError(f"{arguments.run} has learned {settings.task}: --episodes and --record are for agents")
     if arguments.episodes:
         settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
     return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
 
 
-def _print_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
+def _print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
     if len(classes) > MAX_CLASSES_SHOWN:
         return
     table = Table(title="Confusion matrix (rows: true class, columns: predicted)")
     for heading in ("", *classes):
         table.add_column(heading, justify="right")
-    for name, row in zip(classes, confusion.tolist(), strict=True):
+    for name, row in zip(classes, confusion, strict=True):
         table.add_row(name, *(str(count) if count else "." for count in row))
     plain_console().print(table)
 

@@ -1,33 +1,77 @@
-"""One rank's samples of an optimizer step."""
+"""One rank's samples of an optimizer step: trees of tensors, whose rows are samples."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from lockstep.data.sharding import Ids
+
+Tree = Any
+"""A tensor, or a dictionary, list or tuple of trees, as `torch.utils.data.default_collate` gives them. Other leaves,
+such as texts, are kept as they are."""
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Apply `change` to every tensor of `tree`."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {name: map_tensors(change, value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return _like(tree, [map_tensors(change, value) for value in tree])
+    return tree
+
+
+def rows(tree: Tree, start: int, stop: int) -> Tree:
+    """Select the rows `start` ... `stop` - 1 of every tensor, array and list of texts of `tree`."""
+    if isinstance(tree, Tensor | np.ndarray):
+        return tree[start:stop]
+    if isinstance(tree, Mapping):
+        return {name: rows(value, start, stop) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        if tree and not any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in tree):
+            return tree[start:stop]
+        return _like(tree, [rows(value, start, stop) for value in tree])
+    return tree
+
+
+def _like(tree: Any, values: list[Tree]) -> Tree:
+    """Make a list, tuple or named tuple, as `tree` is, of `values`."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+
+
+def tensors_of(tree: Tree) -> Iterator[Tensor]:
+    """Yield every tensor of `tree`, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_of(value)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's samples of a global batch. Tasks subclass it and add tensors or arrays with one row for each sample.
+    """This rank's samples of a global batch. Tasks subclass it and add trees or arrays with one row for each sample.
 
     Attributes:
-        inputs: (n, ...), the model's inputs; n may be 0 if a ragged last batch has fewer samples than there are ranks.
+        inputs: the model's inputs, with n rows.
         global_size: number of samples over all ranks.
     """
 
-    inputs: Tensor
+    inputs: Tree
     global_size: int
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        """The number of samples; 0 if a ragged last batch has fewer samples than there are ranks."""
+        return len(next(tensors_of(self.inputs)))
 
     def take(self, rows: Tensor, global_size: int) -> Self:
         """Select the samples in `rows` (k,); all ranks together select `global_size`."""
-        chosen: dict[str, Any] = {
-            item.name: value[rows] for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)
-        }
+        chosen = {name: map_tensors(lambda tensor: tensor[rows], value) for name, value in self._trees().items()}
         return replace(self, **{**chosen, "global_size": global_size})
 
     def split(self, num_parts: int, allow_empty: bool = False) -> list[Self]:
@@ -41,12 +85,44 @@ class Batch:
             num_parts = max(1, min(num_parts, len(self)))
         if num_parts == 1:
             return [self]
-        rows = {item.name: getattr(self, item.name) for item in fields(self)}
-        cut: dict[str, Any] = {
-            name: torch.tensor_split(value, num_parts)
-            if isinstance(value, Tensor)
-            else np.array_split(value, num_parts)
-            for name, value in rows.items()
-            if isinstance(value, Tensor | np.ndarray)
+        bounds = np.cumsum([0, *(len(rows) for rows in np.array_split(np.arange(len(self)), num_parts))]).tolist()
+        return [self._rows(start, stop) for start, stop in pairwise(bounds)]
+
+    def _rows(self, start: int, stop: int) -> Self:
+        """Select the samples `start` ... `stop` - 1."""
+        return replace(self, **{name: rows(value, start, stop) for name, value in self._trees().items()})
+
+    def _trees(self) -> dict[str, Tree]:
+        """What has one row for each sample, by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor | np.ndarray | Mapping | list | tuple)
         }
-        return [replace(self, **{name: values[part] for name, values in cut.items()}) for part in range(num_parts)]
+
+
+@dataclass(frozen=True)
+class DataBatch(Batch):
+    """One shard of a global batch of a data set.
+
+    Where the shard has no sample, its trees have one all the same, which counts for nothing: models and losses need not
+    know empty batches.
+
+    Attributes:
+        data: the collated samples, of which `inputs` are a part.
+        ids: (n,) numbers of the samples in the data set.
+        index: the number of the global batch in its epoch, from 0.
+    """
+
+    data: Tree
+    ids: Ids
+    index: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _rows(self, start: int, stop: int) -> Self:
+        shown = (start, stop) if start < stop else (0, 1)
+        inputs, data = (rows(tree, *shown) for tree in (self.inputs, self.data))
+        return replace(self, inputs=inputs, data=data, ids=self.ids[start:stop])

@@ -12,7 +12,7 @@ from lockstep.data.augmentation import RESIZED, build_augmentation, build_centre
 from lockstep.data.digits import load_digits
 from lockstep.data.downloads import DOWNLOADS, download, load
 from lockstep.data.image_set import ImageSet, LabelledImages
-from lockstep.data.item_set import IMAGENET_MEAN, IMAGENET_STD, Items, ItemSet
+from lockstep.data.item_set import IMAGENET_MEAN, IMAGENET_STD, Items, ItemSet, image_and_label
 from lockstep.data.synthetic import load_synthetic
 from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.runtime.importing import import_object
@@ -106,8 +106,8 @@ def _load_own(settings: DataSettings, train: bool) -> ItemSet:
         samples = make(settings.root, train)
         if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
             raise TypeError(f"it gave {type(samples).__name__} {reprlib.repr(samples)}")
-        image, _ = samples[0]
-        classes = getattr(samples, "classes", None) or [str(index) for index in range(samples.num_classes)]
+        image, _ = image_and_label(samples[0])
+        classes = _names_of_classes(samples)
     except Exception as error:  # whatever a user's data set raises
         raise DataError(
             f"data.name is {settings.name}: it must give a data set with len(), items (image, label), and classes "
@@ -117,6 +117,15 @@ def _load_own(settings: DataSettings, train: bool) -> ItemSet:
     channels = len(image) if is_tensor else 1 if image.mode in ("1", "L") else 3
     side = image.shape[-1] if is_tensor else image.width
     return _items(settings, samples, classes, channels, side, train, partial(_number_in, settings.name))
+
+
+def _names_of_classes(samples: Any) -> list[str]:
+    """Read the names of the classes from a data set: its own, Hugging Face's, or numbers."""
+    if classes := getattr(samples, "classes", None):
+        return list(classes)
+    if features := getattr(samples, "features", None):
+        return list(features["label" if "label" in features else "labels"].names)
+    return [str(index) for index in range(samples.num_classes)]
 
 
 def _path_in(folder: Any, number: int) -> str:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lockstep.data.augmentation import augmented
 from lockstep.data.sharding import Ids
+from lockstep.data.tree_set import DataSet
 
 Transform = Callable[[Tensor], Tensor]
 Samples = tuple[Tensor, Tensor]
 """Normalised inputs (n, channels, height, width) and labels (n,) int64."""
 
 
-class LabelledImages(Protocol):
+class LabelledImages(DataSet, Protocol):
     """The interface of a labelled image data set, in memory or on disk."""
 
     @property
@@ -28,18 +29,12 @@ class LabelledImages(Protocol):
         """The class names of the labels 0, 1, ..."""
         ...
 
-    def __len__(self) -> int: ...
-
     def to(self, device: torch.device) -> "LabelledImages":
         """Return the data set with its batches on `device`."""
         ...
 
     def batches(self, ids: Iterable[Ids], dtype: torch.dtype, seed: tuple[int, ...] | None = None) -> Iterator[Samples]:
-        """Yield one batch of samples for each array in `ids`.
-
-        Args:
-            seed: of the augmentation, together with each sample's id; None for no augmentation.
-        """
+        """Yield inputs and labels for each array in `ids`; with a `seed`, augmented."""
         ...
 
     def pictures(self, ids: Ids) -> Tensor:

@@ -1,32 +1,22 @@
-"""Images that are read on demand: folders of files, or a user's own data set.
+"""Images that are read on demand: folders of files, or a user's own data set."""
 
-Worker processes read ahead. They are started by forkserver and never load MPI: a fork of a rank would copy the state of
-its MPI library, which does not survive that.
-"""
-
-import multiprocessing
-import pickle
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lockstep.data.augmentation import augmented
 from lockstep.data.image_set import Samples, normalised
+from lockstep.data.item_reader import ItemReader, Key, raise_if_error
 from lockstep.data.sharding import Ids
+from lockstep.data.tree_set import seeded
 from lockstep.runtime.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCHES_AHEAD = 4  # prefetched by each worker
-
-Key = tuple[int, tuple[int, ...] | None]
-"""A sample's number and the seed of its augmentation."""
 
 
 class Items(Dataset[tuple[Tensor, int] | DataError]):
@@ -59,7 +49,8 @@ class Items(Dataset[tuple[Tensor, int] | DataError]):
         """Return the image and its label, or the error: a DataLoader would re-raise another one, with a traceback."""
         number, seed = key
         try:
-            image, label = self.samples[number]
+            with seeded((*(seed or ()), number)):
+                image, label = image_and_label(self.samples[number])
             tensor = _as_tensor(image, self.channels)
             if seed is None or self._augment is None:
                 return self._centre(tensor), int(label)
@@ -97,92 +88,45 @@ class ItemSet:
         Raises:
             DataError: a sample cannot be read; the message names it.
         """
-        self._keys.set([(number, seed) for number in batch_ids.tolist()] for batch_ids in ids)
-        with _without_main():
-            try:
-                batches = iter(self._reader)
-            except (AttributeError, TypeError, pickle.PicklingError) as error:
-                raise DataError(
-                    f"the data set cannot be pickled for its workers ({error}): define it at the top level of a "
-                    "module, or read without workers: --data.num_workers 0"
-                ) from error
-        for batch in batches:
+        for batch in self._reader.read(ids, seed):
             images, labels = self._checked(batch)
             pixels = images.to(self.device, non_blocking=True)
             yield normalised(pixels, self.mean, self.std, dtype), labels.to(self.device, non_blocking=True)
 
     def pictures(self, ids: Ids) -> Tensor:
-        return self._checked(_Collate(self.shape)([self.items[number, None] for number in ids.tolist()]))[0]
+        items = [raise_if_error(self.items[number, None]) for number in ids.tolist()]
+        return self._checked(_Collate(self.shape)(items))[0]
 
     @cached_property
-    def _keys(self) -> "_Keys":
-        return _Keys()
+    def _reader(self) -> ItemReader:
+        return ItemReader(self.items, _Collate(self.shape), self.num_workers, self.device.type == "cuda")
 
-    @cached_property
-    def _reader(self) -> DataLoader[Any]:
-        """The one loader of the whole run, so that its worker processes persist."""
-        several = self.num_workers > 0
-        forkserver = multiprocessing.get_context("forkserver")
-        forkserver.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # once, not in each worker
-        return DataLoader(
-            self.items,
-            batch_sampler=self._keys,
-            collate_fn=_Collate(self.shape),
-            num_workers=self.num_workers,
-            multiprocessing_context=forkserver if several else None,
-            persistent_workers=several,
-            prefetch_factor=BATCHES_AHEAD if several else None,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def _checked(self, batch: tuple[Tensor, Tensor] | DataError) -> tuple[Tensor, Tensor]:
-        if isinstance(batch, DataError):
-            raise batch
+    def _checked(self, batch: Samples) -> Samples:
         labels = batch[1]
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             raise DataError(f"a label is {labels.tolist()}: they must lie in 0 ... {len(self.classes) - 1}")
         return batch
 
 
-class _Keys:
-    """A batch sampler whose batches are set anew for each pass over the loader."""
-
-    def __init__(self) -> None:
-        self._batches: Iterable[list[Key]] = ()
-
-    def set(self, batches: Iterable[list[Key]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter(self._batches)
-
-
 @dataclass(frozen=True)
 class _Collate:
-    """Stack samples to a batch, or return the first error among them instead."""
+    """Stack images and labels to a batch, which may be empty."""
 
     shape: tuple[int, int, int]
 
-    def __call__(self, items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
-        good = []
-        for item in items:
-            if isinstance(item, DataError):
-                return item
-            good.append(item)
-        pixels = torch.stack([image for image, _ in good]) if good else torch.empty((0, *self.shape), dtype=torch.uint8)
-        return pixels, torch.tensor([label for _, label in good], dtype=torch.int64)
+    def __call__(self, items: Sequence[tuple[Tensor, int]]) -> Samples:
+        images, labels = [image for image, _ in items], [label for _, label in items]
+        pixels = torch.stack(images) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
+        return pixels, torch.tensor(labels, dtype=torch.int64)
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Inside, worker processes start without importing the main program, which would join the job as a rank."""
-    main = sys.modules["__main__"]
-    file, spec = getattr(main, "__file__", None), main.__spec__
-    try:
-        main.__file__, main.__spec__ = None, None
-        yield
-    finally:
-        main.__file__, main.__spec__ = file, spec
+def image_and_label(item: Any) -> tuple[Any, Any]:
+    """Return the image and the label of a data set's item: a pair, or Hugging Face's dictionary of both."""
+    if isinstance(item, Mapping):
+        image = next(name for name in ("image", "img", "pixel_values", *item) if name in item)
+        return item[image], item["label" if "label" in item else "labels"]
+    image, label = item
+    return image, label
 
 
 def _as_tensor(image: Any, channels: int) -> Tensor:

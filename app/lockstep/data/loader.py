@@ -1,35 +1,24 @@
 """A batch loader with a position: (epoch, consumed) is all it needs to resume, on any number of shards."""
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.data.batch import Batch
-from lockstep.data.image_set import LabelledImages
+from lockstep.data.batch import DataBatch, Tree
 from lockstep.data.sharding import Ids, Sharding, data_shard, epoch_order
+from lockstep.data.tree_set import DataSet
+
+MixedSamples = tuple[Tensor, Tensor, Tensor, float]
+"""Mixed inputs, labels (n,), labels of the partners (n,), and the share of each sample in its mixture; its partner has
+1 - share."""
 
 
-@dataclass(frozen=True)
-class LabelledBatch(Batch):
-    """One shard of a global batch.
-
-    Attributes:
-        targets: (n,) int64 labels.
-        ids: (n,) numbers of the samples in the data set.
-        index: the number of the global batch in its epoch, from 0.
-        partner_targets: (n,) int64 labels of the mixup partners; None without mixup.
-        share: the weight of each sample in its mixture; its partner has 1 - share.
-    """
-
-    targets: Tensor
-    ids: Ids
-    index: int
-    partner_targets: Tensor | None = None
-    share: float = 1.0
+def first_of(batch: Tree) -> Tree:
+    """The first part of a batch (inputs, labels, ...)."""
+    return batch[0]
 
 
 class BatchLoader:
@@ -38,13 +27,14 @@ class BatchLoader:
 
     Attributes:
         batch_size: samples of one global batch.
+        mixup: alpha; 0: none.
         epoch: the epoch of the next batch.
         consumed: samples of that epoch that have been yielded, over all shards.
     """
 
     def __init__(
         self,
-        images: LabelledImages,
+        data_set: DataSet,
         batch_size: int,
         sharding: Sharding,
         shard_id: int,
@@ -52,25 +42,32 @@ class BatchLoader:
         seed: int,
         dtype: torch.dtype,
         mixup: float = 0.0,
+        inputs_of: Callable[[Tree], Tree] = first_of,
     ) -> None:
-        self._images = images
+        """
+        Args:
+            mixup: alpha; above 0 the batches of `data_set` must be (inputs, labels), and become `MixedSamples`.
+            inputs_of: picks the model's inputs from a batch of `data_set`.
+        """
+        self._data_set = data_set
+        self._inputs_of = inputs_of
         self.batch_size = batch_size
         self._sharding = sharding
         self._shard_id = shard_id
         self._num_shards = num_shards
         self._seed = seed
         self._dtype = dtype
-        self._mixup = mixup
+        self.mixup = mixup
         self.epoch = 0
         self.consumed = 0
 
     @property
     def num_samples(self) -> int:
-        return len(self._images)
+        return len(self._data_set)
 
     @property
     def updates_per_epoch(self) -> int:
-        return -(-len(self._images) // self.batch_size)
+        return -(-len(self._data_set) // self.batch_size)
 
     def position_after(self, num_batches: int) -> tuple[int, int]:
         """Compute (epoch, consumed) after `num_batches` global batches since the start of the run.
@@ -83,9 +80,9 @@ class BatchLoader:
     def after_checkpoint(self) -> None:
         """Do nothing: the position, which the checkpoint holds, is all of the loader's state."""
 
-    def rest_of_epoch(self) -> Iterator[LabelledBatch]:
+    def rest_of_epoch(self) -> Iterator[DataBatch]:
         """Yield this shard of every remaining global batch of the epoch, then move the position to the next epoch."""
-        order = epoch_order(len(self._images), self._seed, self.epoch)
+        order = epoch_order(len(self._data_set), self._seed, self.epoch)
         first = self.consumed
         in_flight: deque[tuple[Ids, Ids, Ids]] = deque()
 
@@ -93,38 +90,34 @@ class BatchLoader:
             for start in range(first, len(order), self.batch_size):
                 global_ids = order[start : start + self.batch_size]
                 mine = data_shard(global_ids, self._shard_id, self._num_shards, self._sharding, self._seed, self.epoch)
-                fetched = with_partners(mine, global_ids) if self._mixup else mine
+                shown = mine if len(mine) else global_ids[:1]  # a stand-in, which counts for nothing
+                fetched = with_partners(shown, global_ids) if self.mixup else shown
                 in_flight.append((mine, global_ids, fetched))
                 yield fetched
 
-        for inputs, targets in self._images.batches(wanted(), self._dtype, (self._seed, self.epoch)):
+        for data in self._data_set.batches(wanted(), self._dtype, (self._seed, self.epoch)):
             ids, global_ids, fetched = in_flight.popleft()
             index = self.consumed // self.batch_size
             self.consumed += len(global_ids)
-            batch = LabelledBatch(inputs, len(global_ids), targets, ids, index)
-            yield self._mixed(batch, global_ids, fetched) if self._mixup else batch
+            if self.mixup:
+                data = self._mixed(data, fetched[: max(1, len(ids))], global_ids, fetched, index)
+            yield DataBatch(self._inputs_of(data), len(global_ids), data, ids, index)
         self.epoch, self.consumed = self.epoch + 1, 0
 
-    def _mixed(self, batch: LabelledBatch, global_ids: Ids, fetched: Ids) -> LabelledBatch:
-        """Mix each sample of the shard with its partner (mixup, Zhang et al. 2018).
+    def _mixed(self, data: tuple[Tensor, Tensor], ids: Ids, global_ids: Ids, fetched: Ids, index: int) -> MixedSamples:
+        """Mix each of the samples `ids` with its partner (mixup, Zhang et al. 2018).
 
         Args:
-            batch: its inputs and targets are those of the samples `fetched`: the shard's own, then missing partners.
+            data: inputs and labels of the samples `fetched`: first `ids`, then missing partners.
         """
-        ids = batch.ids
+        inputs, labels = data
         row_of = {number: row for row, number in enumerate(fetched.tolist())}
         partners = partners_of(ids, global_ids).tolist()
-        rows = torch.tensor([row_of[number] for number in partners], dtype=torch.int64, device=batch.inputs.device)
-        generator = np.random.default_rng((self._seed, self.epoch, batch.index))
-        share = float(generator.beta(self._mixup, self._mixup))
-        own = batch.inputs[: len(ids)]
-        return replace(
-            batch,
-            inputs=own.lerp(batch.inputs[rows], 1 - share),
-            targets=batch.targets[: len(ids)],
-            partner_targets=batch.targets[rows],
-            share=share,
-        )
+        rows = torch.tensor([row_of[number] for number in partners], dtype=torch.int64, device=inputs.device)
+        generator = np.random.default_rng((self._seed, self.epoch, index))
+        share = float(generator.beta(self.mixup, self.mixup))
+        own = slice(0, len(ids))
+        return inputs[own].lerp(inputs[rows], 1 - share), labels[own], labels[rows], share
 
 
 def partners_of(ids: Ids, global_ids: Ids) -> Ids:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.messages import Message
-from lockstep.data.batch import Batch
+from lockstep.data.batch import Batch, Tree
 from lockstep.parallel.merge import meta_state_of, state_tensors
 from lockstep.parallel.pipeline_plan import (
     Action,
@@ -31,6 +32,7 @@ from lockstep.parallel.pipeline_plan import (
 )
 from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.replicated import UnshardedStrategy
+from lockstep.parallel.step import loss_of
 from lockstep.parallel.strategy import Blocks, BuildOptimizer, Objective
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.seeding import seed_update, update_seed
@@ -97,7 +99,7 @@ class Pipeline(UnshardedStrategy):
     def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
         """Collective: the stage's schedule, with one message received ahead of its use."""
         micro_batches = self.micro_batches(batch)
-        metric_sums = torch.zeros(3, dtype=torch.float64, device=batch.inputs.device)
+        metric_sums = torch.zeros(objective.num_metric_sums, dtype=torch.float64, device=self.device)
         actions = schedule_of(self._schedule, self._grid.stage, self._grid.num_stages, len(micro_batches))
         to_come = iter([action for action in actions if self._waits_for(action)])
         self._post_next(to_come, micro_batches)
@@ -112,7 +114,7 @@ class Pipeline(UnshardedStrategy):
                 inputs = micro_batch.inputs if received is None else received.requires_grad_()
                 outputs = self._through_blocks(objective, inputs, update_seed(seed, index, 0))
                 if self._is_last:
-                    loss, metrics = objective.loss_sum(outputs, micro_batch)
+                    loss, metrics = loss_of(objective, outputs, micro_batch)
                     outputs = loss / batch.global_size
                     self.gradients.add_loss(outputs)
                     metric_sums = metric_sums + metrics
@@ -145,7 +147,7 @@ class Pipeline(UnshardedStrategy):
         loss, squared_norm = self._cluster.sum_(sums, name="norm")
         return float(squared_norm) if loss.isfinite() else math.nan
 
-    def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
+    def forward(self, objective: Objective, inputs: Tree) -> Any:
         with torch.no_grad():
             if self._grid.stage > 0:
                 inputs = self._receive(len(inputs), self._grid.stage - 1, ACTIVATIONS).wait()
@@ -164,7 +166,7 @@ class Pipeline(UnshardedStrategy):
         for micro_batch in [each for _ in range(num_rounds) for each in micro_batches]:
             inputs = micro_batch.inputs
             if self._grid.stage > 0:
-                inputs = self._border(len(micro_batch), self._first - 1).normal_().requires_grad_()
+                inputs = self._border(len(inputs), self._first - 1).normal_().requires_grad_()
             started = time.perf_counter()
             outputs = self._through_blocks(objective, inputs, seed=0)
             if self._is_last:
@@ -189,7 +191,7 @@ class Pipeline(UnshardedStrategy):
         """Begin to receive the next message, ahead of its use."""
         action = next(to_come, None)
         if action is not None:
-            num_samples = len(micro_batches[action.micro_batch])
+            num_samples = len(micro_batches[action.micro_batch].inputs)
             source, tag = (-1, ACTIVATIONS) if action.kind == "forward" else (1, GRADIENTS)
             self._posted.append(self._receive(num_samples, self._grid.stage + source, tag))
 

@@ -7,12 +7,13 @@ replicas after each backward pass.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.batch import Batch
+from lockstep.data.batch import Batch, Tree
 from lockstep.parallel.merge import first_names, meta_state_of, shard_model, state_tensors
 from lockstep.parallel.step import accumulate_gradients
 from lockstep.parallel.strategy import Objective, Strategy
@@ -136,7 +137,7 @@ class Replicated(UnshardedStrategy):
             return math.nan
         return self.gradients.squared_norm() if self.clip_norm is not None else 0.0
 
-    def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
+    def forward(self, objective: Objective, inputs: Tree) -> Any:
         with torch.no_grad():
             return objective.outputs(self.model, inputs)
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
+from lockstep.data.batch import tensors_of
+from lockstep.models.block_sequence import BlockSequence
 from lockstep.parallel.merge import meta_state_of, shard_model, state_tensors
 from lockstep.parallel.strategy import Blocks
 from lockstep.parallel.tensor_slices import TensorSlice
@@ -286,7 +289,7 @@ class ShardedModel:
         self._unit_of: dict[Tensor, ShardedUnit] = {}
         self._sent: list[Callable[[], None]] = []
         self._non_finite: list[str] | None = None
-        self.model = nn.Sequential()
+        self.model = BlockSequence()
         self.meta_state: dict[str, Tensor] = {}
         self.flats: list[FlatParameters] = []
         self.names: dict[Tensor, str] = {}
@@ -382,19 +385,27 @@ class ShardedModel:
 
     # -- a pass through the blocks ---------------------------------------------------------------------------------
 
-    def _before_forward(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _before_forward(self, index: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._stage == 3:
             self._units[index].unshard()
             if index + 1 < len(self._units):
                 self._units[index + 1].unshard_async()
-        if torch.is_grad_enabled() and inputs[0].requires_grad:
+        # A first block may have any inputs: its backward pass ends with the whole one.
+        if index > 0 and torch.is_grad_enabled() and inputs[0].requires_grad:
             inputs[0].register_hook(partial(self._between, index))
 
-    def _after_forward(self, index: int, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    def _after_forward(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if self._stage == 3:
             self._units[index].reshard()
-        if index == len(self._units) - 1 and output.requires_grad:
-            output.register_hook(lambda _: self._begin_backward(index))
+        if index == len(self._units) - 1:
+            for tensor in tensors_of(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._from_output, index))
+
+    def _from_output(self, index: int, _: Tensor) -> None:
+        """Called when a backward pass has reached one of the model's outputs, which may be several."""
+        if not self._units[index].is_open:
+            self._begin_backward(index)
 
     def _between(self, index: int, _: Tensor) -> None:
         """Called when a backward pass has reached the input of unit `index`: all its gradients are complete."""

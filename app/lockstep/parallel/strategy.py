@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.batch import Batch
+from lockstep.data.batch import Batch, Tree
 from lockstep.parallel.buffers import Buffers
 from lockstep.parallel.merge import merge_on_root
 from lockstep.parallel.replica_check import compare_replicas
@@ -29,12 +29,23 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Objective(Protocol):
     """What is minimised, in two halves that may be computed on different ranks."""
 
-    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+    @property
+    def num_metric_sums(self) -> int:
+        """k, the number of metric sums."""
+        ...
+
+    def outputs(self, model: nn.Module, inputs: Tree) -> Any:
         """Compute the outputs of `model`, or of one of its blocks, for `inputs` (n, ...)."""
         ...
 
-    def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the loss *summed* over `batch`, with its graph, and the batch's metric sums (k,) float64."""
+        ...
+
+    def weight(self, metric_sums: Tensor) -> Tensor | None:
+        """The weight () of this rank's loss in an update, by which the sum over all ranks is divided; None: the number
+        of samples.
+        """
         ...
 
 
@@ -83,6 +94,22 @@ class Strategy(ABC):
     def recorder(self) -> FlightRecorder:
         """The record of what this rank is doing."""
         return self._cluster.recorder
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._cluster.device
+
+    def begin_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Collective: start to sum a small `value` over all ranks; the returned function waits and gives the sum."""
+        total = value.double().clone()
+        wait = self._cluster.begin_sum_(total, "weight")
+
+        def finish() -> Tensor:
+            wait()
+            return total
+
+        return finish
 
     @abstractmethod
     def zero_gradients(self) -> None:
@@ -158,7 +185,7 @@ class Strategy(ABC):
         """Whether this rank saves what it holds: one of the ranks that hold the same does."""
 
     @abstractmethod
-    def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
+    def forward(self, objective: Objective, inputs: Tree) -> Any:
         """Collective: compute outputs for this rank's `inputs`, without gradients; None where another rank has them.
 
         Every rank must call it equally often, with as many samples as it has.

@@ -14,12 +14,13 @@ reduced by itself, 1 + m times and 3 m times.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.batch import Batch
+from lockstep.data.batch import Batch, Tree
 from lockstep.parallel.merge import state_tensors
 from lockstep.parallel.sharded_model import ShardedModel
 from lockstep.parallel.step import accumulate_gradients
@@ -117,7 +118,7 @@ class Zero(Strategy):
     def _gather_parameters(self) -> None:
         self._sharded.gather_parameters()
 
-    def forward(self, objective: Objective, inputs: Tensor) -> Tensor | None:
+    def forward(self, objective: Objective, inputs: Tree) -> Any:
         with torch.no_grad():
             return objective.outputs(self.model, inputs)
 

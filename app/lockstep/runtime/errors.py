@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     NON_FINITE = 6
     STALLED = 7
     UNHEALTHY = 8
+    USER_CODE = 9
     STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
     INTERRUPTED = 130
 
@@ -65,6 +66,18 @@ class NonFiniteError(LockstepError):
     """A loss or gradient that is infinite or not a number."""
 
     exit_code = ExitCode.NON_FINITE
+
+
+class NothingToLearnError(LockstepError):
+    """A global batch whose samples all have the weight 0: the update is skipped."""
+
+    exit_code = ExitCode.DATA
+
+
+class UserCodeError(LockstepError):
+    """An exception in a user's own task, model or data set, or a wrong result of it."""
+
+    exit_code = ExitCode.USER_CODE
 
 
 class UnhealthyError(LockstepError):

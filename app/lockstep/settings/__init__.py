@@ -1,7 +1,7 @@
 """All settings with their defaults, units and checks; reading.py reads them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lockstep.settings.agents import EnvSettings, PpoSettings
 from lockstep.settings.check import check
@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+TASKS = ("classify", "ppo")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run. The defaults train the reference network on the included digits, to 97 % accuracy."""
@@ -41,8 +44,12 @@ class Settings:
     run_dir: str | None = None
     """New folder for all files of the run; by default runs/<date and time>."""
 
-    task: Literal["classify", "ppo"] = "classify"
-    """classify: image classification; ppo: proximal policy optimization of an agent (Schulman et al. 2017)."""
+    task: str = "classify"
+    """classify: image classification; ppo: proximal policy optimization of an agent (Schulman et al. 2017); or a task
+    of your own, my_package.MyTask."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a task of your own, by the names in its Options."""
 
     seed: int = 0
     """Seed of all random numbers: initial weights, order of samples, dropout."""
@@ -88,6 +95,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self.run_dir != "", "run_dir", "empty", "leave it out, or name a new folder")
+        known = self.task in TASKS or "." in self.task
+        check(known, "task", self.task, f"{', '.join(TASKS)}, or a task of your own, my_package.MyTask, is needed")
         check(0 <= self.seed < 2**63, "seed", self.seed, "it must lie in 0 ... 2^63 - 1")
         check(self.num_epochs >= 0, "num_epochs", self.num_epochs, "it must not be negative")
         check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")

@@ -55,6 +55,9 @@ class DataSettings:
     sharding: Literal["contiguous", "random", "hash"] = "contiguous"
     """How the samples of a global batch are assigned to the ranks."""
 
+    held_out_share: float = 0.2
+    """Share of the samples of a task of your own that is held out, chosen by hash, if it has no such data."""
+
     num_samples: int = 4096
     """Samples of the synthetic data set."""
 
@@ -64,6 +67,8 @@ class DataSettings:
         check(per_rank is None or per_rank >= 1, "data.batch_size_per_rank", per_rank, "it must be at least 1")
         known = self.name in NAMES or "." in self.name
         check(known, "data.name", self.name, f"{', '.join(NAMES)}, or a data set of your own, my_package.my_data")
+        share = self.held_out_share
+        check(0 < share < 1, "data.held_out_share", share, "it must lie between 0 and 1")
         size, workers = self.image_size, self.num_workers
         check(size is None or size >= 1, "data.image_size", size, "it must be at least 1")
         check(workers >= 0, "data.num_workers", workers, "it must not be negative")

@@ -24,6 +24,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
 
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.hints import in_environment, this_program
+from lockstep.runtime.importing import import_object
 from lockstep.settings import Settings
 from lockstep.settings.old_names import rename_in_file, rename_variables, with_new_names
 from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_code, read_source
@@ -40,7 +41,7 @@ DEFAULT_RUN = Path("runs/latest")
 SETTINGS_FILE = "settings.yaml"
 TRAINS = "Trains synchronously over every rank of the job, then merges the model on rank 0."
 
-GROUPS = {"model.vit", *(item.name for item in fields(Settings) if is_dataclass(item.type))}
+GROUPS = {"options", "model.vit", *(item.name for item in fields(Settings) if is_dataclass(item.type))}
 T = TypeVar("T")
 
 NO_FILE_NAME = "\n#" + 300 * "-"  # makes a text longer than any file name, so that jsonargparse opens no such file
@@ -53,11 +54,17 @@ set_parsing_settings(
 
 
 class _Parser(ArgumentParser):
-    """A parser that records the settings files it has read."""
+    """A parser that records the settings files it has read.
+
+    Attributes:
+        sources: those files.
+        has_own_options: the settings of a user's own task are arguments of it, one by one.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.sources: list[Source] = []
+        self.has_own_options = False
 
     def read(self, path: Path) -> str:
         """Read a settings file, which must not refer to other files.
@@ -133,7 +140,24 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         SystemExit: for --help and --print_config.
     """
     args = _with_new_names(sys.argv[1:] if args is None else args)
-    parser = _parser(default_env=True)
+    plain = [arg for arg in args if arg.partition("=")[0] not in ("-h", "--help", "--print_config")]
+    try:
+        settings, resume = _parse_settings(plain)
+    except SettingsError:
+        if plain == args:
+            raise
+        settings, resume = Settings(), False
+    options = _options_of(settings.task) if "." in settings.task else None
+    return (settings, resume) if options is None and plain == args else _parse_settings(args, options)
+
+
+def _parse_settings(args: Sequence[str], options: type[Any] | None = None) -> tuple[Settings, bool]:
+    """Read settings and whether to resume.
+
+    Args:
+        options: the dataclass of the task's own settings; None: they are not checked, or there are none.
+    """
+    parser = _parser(default_env=True, options=options)
     parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
     try:
         _refuse_unknown_environment(parser)
@@ -151,6 +175,18 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         hint = _nearest_setting(parser, args)
         raise SettingsError(f"{error}{hint}\nAll settings: {_help()}") from error
+
+
+def _options_of(task: str) -> type[Any] | None:
+    """Import a user's own task, and return the dataclass of its own settings, if it has one.
+
+    Raises:
+        SettingsError: the task cannot be imported.
+    """
+    options = getattr(import_object(task, "task"), "Options", None)
+    if options is not None and not (isinstance(options, type) and is_dataclass(options)):
+        raise SettingsError(f"{task}.Options must be a dataclass, and is {options!r}")
+    return options
 
 
 def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
@@ -219,7 +255,12 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parser(default_env: bool, prog: str = "app/train.py", description: str = TRAINS) -> _Parser:
+def _parser(
+    default_env: bool,
+    prog: str = "app/train.py",
+    description: str = TRAINS,
+    options: type[Any] | None = None,
+) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=description,
@@ -230,7 +271,12 @@ def _parser(default_env: bool, prog: str = "app/train.py", description: str = TR
     )
     parser.add_argument("--config", action=_PresetOrFile, help="A YAML file, or the name of a preset.")
     parser.add_argument("--trust", type=bool, default=SUPPRESS, help=f"{HELP} (typed only).")
-    parser.add_class_arguments(Settings)
+    if options is None:
+        parser.add_class_arguments(Settings)
+    else:
+        parser.add_class_arguments(Settings, skip={"options"})
+        parser.add_class_arguments(options, "options")
+        parser.has_own_options = True
     return parser
 
 
@@ -238,12 +284,19 @@ def _begin_with(parser: _Parser, saved: Path) -> None:
     """Use the settings in the file `saved`, if it exists, as defaults, which every other source overrides."""
     if saved.exists():
         alone = _parser(default_env=False).parse_string(parser.read(saved))
-        parser.set_defaults({name: value for name, value in alone.items() if name not in COMMANDS})
+        defaults = {name: value for name, value in alone.items() if name not in COMMANDS}
+        if parser.has_own_options:
+            defaults |= {f"options.{name}": value for name, value in defaults.pop("options").items()}
+        parser.set_defaults(defaults)
 
 
 def _names_of_code(settings: Settings) -> dict[str, list[str]]:
-    of_both = {"model.options": settings.model.options, "env.options": settings.env.options}
-    return names_of_code(flat_settings(settings) | of_both)
+    whole = {
+        "options": settings.options,
+        "model.options": settings.model.options,
+        "env.options": settings.env.options,
+    }
+    return names_of_code(flat_settings(settings) | whole)
 
 
 def _is_typed(setting: str, name: str, args: Sequence[str]) -> bool:
@@ -280,14 +333,21 @@ def _refuse_files_of_groups(args: Sequence[str]) -> None:
 
 
 def _settings_of(namespace: Any) -> Settings:
-    return Settings(**{item.name: namespace[item.name] for item in fields(Settings)})
+    values = {item.name: namespace[item.name] for item in fields(Settings)}
+    own = values["options"]
+    if is_dataclass(own) and not isinstance(own, type):
+        values["options"] = asdict(own)
+    return Settings(**values)
 
 
 def _refuse_unknown_environment(parser: ArgumentParser) -> None:
     settings = set(_setting_names(parser)) - COMMANDS
     known = {_variable(name) for name in settings}
-    for variable in sorted(os.environ):
-        if variable.startswith(f"{ENVIRONMENT_PREFIX}_") and variable not in known | OTHER_VARIABLES:
+    ours = [name for name in sorted(os.environ) if name.startswith(f"{ENVIRONMENT_PREFIX}_")]
+    if "options" in settings:  # those of a task of one's own are not known yet
+        ours = [name for name in ours if not name.startswith(_variable("options."))]
+    for variable in ours:
+        if variable not in known | OTHER_VARIABLES:
             raise ValueError(f"unknown setting in the environment: {variable}")
 
 

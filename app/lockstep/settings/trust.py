@@ -19,8 +19,8 @@ from lockstep.runtime.errors import SettingsError
 ROOT = 0
 OVERFLOW = Path("/proc/sys/kernel/overflowuid")
 MAX_LINKS = 40  # Linux follows as many
-NAMES = ("data.name", "model.name", "env.id")
-OPTIONS = ("model.options", "env.options")
+NAMES = ("task", "data.name", "model.name", "env.id")
+OPTIONS = ("options", "model.options", "env.options")
 DOTTED = re.compile(r"[^\W\d]\w*([.:][^\W\d][\w-]*)+")
 HELP = "Accept settings files of other users that name code, which then runs with your rights"
 

@@ -105,7 +105,8 @@ class Ppo(Task):
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Compute the parameters of the action distribution and the value of the state: (n, num_outputs + 1)."""
         # Not in bfloat16: the ratio of two almost equal likelihoods needs their last digits.
-        return super().outputs(model, inputs.to(self.dtype)).to(self.dtype)
+        outputs: Tensor = super().outputs(model, inputs.to(self.dtype))
+        return outputs.to(self.dtype)
 
     # -- learning --------------------------------------------------------------------------------------------------
 

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
+from lockstep.data.batch import Tree, map_tensors
 from lockstep.data.sharding import Ids
+from lockstep.models.block_sequence import BlockSequence, apply
 from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.settings import Settings
 
-Forward = Callable[[Tensor], Tensor | None]
+NUM_IMAGE_DIMENSIONS = 4  # of a batch: samples, channels, height, width
+
+Forward = Callable[[Tree], Any]
 
 
 class WorkItem(Protocol):
@@ -95,15 +99,11 @@ class Task(ABC):
 
     Attributes:
         samples: plural name of what is learned from, such as images, for messages.
-        num_metric_sums: number of metric sums of an update.
-        curves: names in metrics.jsonl that are plotted at the end of a run.
         cluster, settings: of the run.
         dtype: data type of the parameters.
     """
 
     samples: ClassVar[str]
-    num_metric_sums: ClassVar[int]
-    curves: ClassVar[tuple[str, ...]]
 
     def __init__(self, settings: Settings, cluster: Cluster) -> None:
         self.settings = settings
@@ -121,29 +121,48 @@ class Task(ABC):
 
     def build_model(self) -> nn.Module:
         """Build the whole network."""
-        model = nn.Sequential(OrderedDict(self.model_blocks()))
+        model = BlockSequence(OrderedDict(self.model_blocks()))
         if self.settings.model.compile:
             model.compile()
         return model
 
     @abstractmethod
-    def example_inputs(self, num_samples: int) -> Tensor:
+    def example_inputs(self, num_samples: int) -> Tree:
         """Return example inputs (n, ...) of the model for up to `num_samples` samples."""
 
-    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+    def outputs(self, model: nn.Module, inputs: Tree) -> Any:
         """Apply `model`, or one of its blocks, to `inputs` (n, ...) in the run's precision."""
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=self._layout)
+        inputs = map_tensors(self._with_layout, inputs)
         if self._in_bf16:
-            with torch.autocast(inputs.device.type, torch.bfloat16):
-                return model(inputs)  # type: ignore[no-any-return]
-        return model(inputs)  # type: ignore[no-any-return]
+            with torch.autocast(self.cluster.device.type, torch.bfloat16):
+                return apply(model, inputs)
+        return apply(model, inputs)
+
+    def _with_layout(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=self._layout) if tensor.dim() == NUM_IMAGE_DIMENSIONS else tensor
 
     @abstractmethod
-    def loss_sum(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the loss summed over `batch`, and its metric sums (num_metric_sums,) float64."""
 
+    def weight(self, metric_sums: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The weight of this rank's loss in an update; None: the number of its samples."""
+        return None
+
     # -- learning --------------------------------------------------------------------------------------------------
+
+    def try_out(self) -> None:  # noqa: B027  # not all need it
+        """Collective: find out before the run begins whether model, loss and metrics fit the data."""
+
+    @property
+    @abstractmethod
+    def num_metric_sums(self) -> int:
+        """Number of metric sums of an update."""
+
+    @property
+    @abstractmethod
+    def curves(self) -> tuple[str, ...]:
+        """Names in metrics.jsonl that are plotted at the end of a run."""
 
     @property
     @abstractmethod

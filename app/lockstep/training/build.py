@@ -8,6 +8,8 @@ from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
+from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.importing import import_object
 from lockstep.runtime.memory import release_freed_memory
 from lockstep.settings import Settings
 from lockstep.tasks.classify import Classify
@@ -29,7 +31,22 @@ def build_task(settings: Settings, cluster: Cluster) -> Task:
         from lockstep.tasks.ppo import Ppo  # with Gymnasium, which takes its time
 
         return Ppo(settings, cluster)
-    return Classify(settings, cluster)
+    if settings.task == "classify":
+        return Classify(settings, cluster)
+    kind = cluster.on_every_rank(lambda: _import_task(settings.task))
+    return kind(settings, cluster)
+
+
+def _import_task(name: str) -> type[Task]:
+    """Import a user's own task.
+
+    Raises:
+        SettingsError: it cannot be imported, or is no task.
+    """
+    found = import_object(name, "task")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise SettingsError(f"task is {name}: it must be a class of its own, derived from lockstep.SupervisedTask")
+    return found
 
 
 def build_trainer(

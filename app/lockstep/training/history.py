@@ -9,8 +9,6 @@ from lockstep.settings import Settings
 from lockstep.settings.reading import flat_settings
 from lockstep.training.position import immutable_settings
 
-_LENGTHS = {"classify": "num_epochs", "ppo": "ppo.total_steps"}
-
 
 def as_saved(settings: Settings) -> Settings:
     """Leave out what --config and --resume must not repeat: the folder's name, and the updates to profile."""
@@ -34,7 +32,7 @@ def asks_for_more(was: Settings, now: Settings, who: str) -> bool:
         SettingsError: settings have changed, but not to more epochs.
     """
     changed = changes(was, now)
-    length = _LENGTHS[was.task]
+    length = "ppo.total_steps" if was.task == "ppo" else "num_epochs"
     if not changed or (was.task == now.task and flat_settings(now)[length] > flat_settings(was)[length]):
         if changed:
             _check_immutable(was, now)

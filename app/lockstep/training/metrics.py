@@ -29,7 +29,7 @@ class MetricAccumulator:
         ranks, rank 0 takes their sum. None stands for a rank that has none.
         """
         nothing = [0.0] * len(self._total)
-        known = [sums or nothing for sums in metric_sums]
+        known = [sums if sums and len(sums) == len(nothing) else nothing for sums in metric_sums]
         if len(known) == cluster.size:
             mine = known[cluster.rank]
         else:

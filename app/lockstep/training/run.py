@@ -85,6 +85,7 @@ def train(
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
+    task.try_out()
     RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit must not leave a folder
     begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = begun.folder

@@ -12,7 +12,14 @@ from lockstep.comm.stop import StopVote, closing_vote
 from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.step import FORWARD_BACKWARD
 from lockstep.parallel.strategy import Strategy
-from lockstep.runtime.errors import LockstepError, NonFiniteError, SettingsError, StoppedError, StorageError
+from lockstep.runtime.errors import (
+    LockstepError,
+    NonFiniteError,
+    NothingToLearnError,
+    SettingsError,
+    StoppedError,
+    StorageError,
+)
 from lockstep.runtime.seeding import random_state_digest, update_seed
 from lockstep.settings import Settings
 from lockstep.tasks.task import Evaluation, Task
@@ -191,8 +198,8 @@ class Trainer:
         self._enter(FORWARD_BACKWARD, progress.step + 1)
         try:
             self.metrics.add(self.task.learn(item, self.strategy, seed, self.writer.wait_for_copy))
-        except NonFiniteError as error:
-            if settings.checks.non_finite == "stop":
+        except (NonFiniteError, NothingToLearnError) as error:
+            if isinstance(error, NonFiniteError) and settings.checks.non_finite == "stop":
                 error.args = (f"update {progress.step + 1}: {error}",)
                 raise
             skipped = True

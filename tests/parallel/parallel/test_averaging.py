@@ -13,7 +13,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.commands.merge import merge_checkpoint
 from lockstep.parallel.merge import state_digest
 from lockstep.settings import CheckpointSettings, DataSettings, ModelSettings, OptimizerSettings, Settings
-from lockstep.tasks.classify import Evaluation
+from lockstep.tasks.supervised import Evaluation
 from lockstep.training.checkpoint import latest_checkpoint
 from tests.parallel.building import assert_close, build_trainer, merged_model, whole_values
 
@@ -33,7 +33,7 @@ def _train(cluster: Cluster, settings: Settings, folder: Path) -> tuple[float, d
     evaluation = trainer.train()
     assert isinstance(evaluation, Evaluation)
     with strategy.averaged():
-        return evaluation.loss, merged_model(cluster, strategy)
+        return evaluation.scores["loss"], merged_model(cluster, strategy)
 
 
 @pytest.mark.world_size(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lockstep.comm import backend
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.replicated import Replicated, sum_over_wire_
 from lockstep.parallel.step import train_step
 from lockstep.runtime.errors import NonFiniteError, SettingsError
@@ -24,7 +24,7 @@ def _model() -> nn.Module:
     return model.double().to(memory_format=torch.channels_last)
 
 
-def _batch(cluster: Cluster, num_samples: int) -> LabelledBatch:
+def _batch(cluster: Cluster, num_samples: int) -> DataBatch:
     return make_batch(cluster.rank, cluster.size, num_samples)
 
 
@@ -50,7 +50,7 @@ def test_buckets_and_micro_batches_give_the_exact_mean(
     gradients = _gradients(cluster, settings)
     reference = _model()
     whole = _batch(Cluster.alone(), 11)
-    F.cross_entropy(reference(whole.inputs), whole.targets).backward()
+    F.cross_entropy(reference(whole.inputs), whole.data[1]).backward()
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-14, msg=name)
 
@@ -126,7 +126,7 @@ def test_two_bytes_on_the_wire_round_twice_and_leave_all_ranks_with_the_same(
 def _own(cluster: Cluster) -> dict[str, Tensor]:
     """This rank's part of the mean gradient."""
     model, batch = _model(), _batch(cluster, 11)
-    (F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum") / 11).backward()
+    (F.cross_entropy(model(batch.inputs), batch.data[1], reduction="sum") / 11).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -143,7 +143,7 @@ def test_adasum_combines_each_tensor_of_the_ranks_own_means(cluster: Cluster) ->
     """Maleki et al. 2020, equation 2: (1 - a.b / 2|a|^2) a + (1 - a.b / 2|b|^2) b, layer by layer."""
     gradients = _gradients(cluster, GradientSettings(reduction="adasum"))
     model, batch = _model(), _batch(cluster, 11)
-    F.cross_entropy(model(batch.inputs), batch.targets).backward()
+    F.cross_entropy(model(batch.inputs), batch.data[1]).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         a, b = (

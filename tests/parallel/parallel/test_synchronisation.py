@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.step import train_step
@@ -25,7 +25,7 @@ def _strategy(model: nn.Module, cluster: Cluster) -> Replicated:
     return Replicated(model, torch.optim.SGD(model.parameters(), lr=0.1), cluster)
 
 
-def _batch(cluster: Cluster, num_samples: int) -> LabelledBatch:
+def _batch(cluster: Cluster, num_samples: int) -> DataBatch:
     return make_batch(cluster.rank, cluster.size, num_samples, shape=(1, 2, 2))
 
 
@@ -45,7 +45,7 @@ def test_the_gradient_is_the_exact_mean_over_a_ragged_global_batch(cluster: Clus
     train_step(_strategy(model, cluster), _batch(cluster, 11), CrossEntropy(), seed=0)
     reference = _model(seed=1).eval()
     whole = _batch(Cluster.alone(), 11)
-    F.cross_entropy(reference(whole.inputs), whole.targets).backward()
+    F.cross_entropy(reference(whole.inputs), whole.data[1]).backward()
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14, msg=name)
 

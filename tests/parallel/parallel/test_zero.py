@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lockstep.benchmark.sharding import held_bytes
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.step import train_step
@@ -201,7 +201,7 @@ class _Infinite(CrossEntropy):
     def __init__(self, here: bool) -> None:
         self._here = here
 
-    def loss_sum(self, outputs: Tensor, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, outputs: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
         if self._here:
             outputs = outputs + (outputs * float("inf")).nan_to_num(0, 0, 0) * 0
             outputs.register_hook(lambda gradient: gradient * float("inf"))

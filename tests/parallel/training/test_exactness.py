@@ -16,7 +16,7 @@ from torch import Tensor
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.merge import state_digest
 from lockstep.settings import DataSettings, ModelSettings, OptimizerSettings, Settings
-from lockstep.tasks.classify import Evaluation
+from lockstep.tasks.supervised import Evaluation
 from tests.parallel.building import build_trainer, merged_model
 
 TOLERANCE = 1e-10
@@ -60,8 +60,8 @@ def _compare(cluster: Cluster, settings: Settings, tmp_path: Path) -> None:
     for name, tensor in alone.state.items():
         torch.testing.assert_close(together.state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE)
     assert together.evaluation.num_samples == NUM_SAMPLES
-    assert torch.equal(together.evaluation.confusion, alone.evaluation.confusion)
-    assert together.evaluation.loss == pytest.approx(alone.evaluation.loss, rel=TOLERANCE)
+    assert together.evaluation.details == alone.evaluation.details
+    assert together.evaluation.scores == pytest.approx(alone.evaluation.scores, rel=TOLERANCE)
     assert len(set(cluster.all_gather_object(state_digest(together.state)))) == 1
     if together.merged is not None:
         assert state_digest(together.merged) == state_digest(together.state)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.loader import LabelledBatch
+from lockstep.data.batch import DataBatch
 from lockstep.parallel.merge import state_digest
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.tensor_slices import State, TensorState
@@ -181,7 +181,7 @@ class Poison(TrainerHook):
         self._step = step
         self._where = where
 
-    def before_update(self, trainer: Trainer, item: LabelledBatch) -> None:
+    def before_update(self, trainer: Trainer, item: DataBatch) -> None:
         if self._is_met_here and trainer.progress.step == self._step:
             if self._where == "the loss":
                 item.inputs.fill_(float("nan"))

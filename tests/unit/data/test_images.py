@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
+from lockstep.data.batch import DataBatch
 from lockstep.data.data_sets import load_images
 from lockstep.data.image_set import LabelledImages
 from lockstep.data.item_set import ItemSet
-from lockstep.data.loader import BatchLoader, LabelledBatch, partners_of, with_partners
+from lockstep.data.loader import BatchLoader, partners_of, with_partners
 from lockstep.models.classifier import classifier_blocks
 from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.settings import DataSettings, ModelSettings
@@ -28,7 +29,7 @@ def _loader(images: LabelledImages, shard: int, num_shards: int, mixup: float = 
     return BatchLoader(images, 6, "hash", shard, num_shards, seed=3, dtype=F64, mixup=mixup)
 
 
-def _by_id(batches: list[LabelledBatch]) -> dict[int, Tensor]:
+def _by_id(batches: list[DataBatch]) -> dict[int, Tensor]:
     return {number: batch.inputs[row] for batch in batches for row, number in enumerate(batch.ids.tolist())}
 
 
@@ -74,11 +75,10 @@ def test_an_image_is_mixed_with_the_next_of_the_global_batch() -> None:
     plain, mixed = (
         next(BatchLoader(images, 6, "contiguous", 0, 1, 3, F64, mixup).rest_of_epoch()) for mixup in (0.0, 1.0)
     )
-    assert 0 < mixed.share < 1
-    assert mixed.partner_targets is not None
-    assert torch.equal(mixed.targets, plain.targets)
-    assert torch.equal(mixed.partner_targets, plain.targets.roll(-1))
-    expected = mixed.share * plain.inputs + (1 - mixed.share) * plain.inputs.roll(-1, 0)
+    assert 0 < mixed.data[3] < 1
+    assert torch.equal(mixed.data[1], plain.data[1])
+    assert torch.equal(mixed.data[2], plain.data[1].roll(-1))
+    expected = mixed.data[3] * plain.inputs + (1 - mixed.data[3]) * plain.inputs.roll(-1, 0)
     torch.testing.assert_close(mixed.inputs, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -103,7 +103,7 @@ def test_a_folder_is_read_with_and_without_workers(folder: Path, num_workers: in
         assert sorted(number for batch in batches for number in batch.ids.tolist()) == list(range(16))
         for batch in batches:
             assert batch.inputs.shape == (len(batch.ids), 3, 16, 16)
-            assert batch.targets.tolist() == [int(number >= 8) for number in batch.ids.tolist()]
+            assert batch.data[1].tolist() == [int(number >= 8) for number in batch.ids.tolist()]
             brightness = batch.inputs.mean((1, 2, 3))  # one colour, so that every crop has the same mean
             pixels = torch.tensor([40 + 142 * int(number >= 8) + number for number in batch.ids.tolist()])
             expected = (pixels / 255 - 0.449) / 0.226  # of the means and deviations of three channels

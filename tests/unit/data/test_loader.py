@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.data.loader import BatchLoader, LabelledBatch
+from lockstep.data.batch import DataBatch
+from lockstep.data.loader import BatchLoader
 from lockstep.data.sharding import Sharding
 from lockstep.data.synthetic import load_synthetic
 
@@ -42,7 +43,7 @@ def test_epochs_differ_and_the_position_moves_on() -> None:
 
 @pytest.mark.parametrize("batches_before_the_stop", [0, 1, 6, 7])
 def test_a_new_loader_goes_on_from_any_position(batches_before_the_stop: int) -> None:
-    def ids(batches: list[LabelledBatch]) -> list[list[int]]:
+    def ids(batches: list[DataBatch]) -> list[list[int]]:
         return [batch.ids.tolist() for batch in batches]
 
     reference = _loader()
@@ -67,7 +68,7 @@ def test_pixels_are_normalised_as_in_the_seed() -> None:
     expected = (pixels.astype(np.float32) / 255 - 0.5) / 0.5  # ToTensor, then Normalize((0.5,), (0.5,))
     assert np.array_equal(batch.inputs.numpy(), expected)
     assert batch.inputs.dtype == torch.float32
-    assert torch.equal(batch.targets, DATA.labels[torch.from_numpy(batch.ids)])
+    assert torch.equal(batch.data[1], DATA.labels[torch.from_numpy(batch.ids)])
 
 
 def test_the_position_after_a_number_of_batches_is_where_the_loader_is_then() -> None:

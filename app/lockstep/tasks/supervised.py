@@ -1,0 +1,361 @@
+"""Supervised learning of any problem: data sets, a network, a loss and metrics make a task.
+
+All else is the same for every such task: sharding, loading, exact means over the ranks, evaluation.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from typing_extensions import override
+
+from lockstep.comm.cluster import Cluster
+from lockstep.data.batch import DataBatch, Tree, tensors_of
+from lockstep.data.loader import BatchLoader
+from lockstep.data.sharding import Ids, shard_bounds
+from lockstep.data.tree_set import DataSet, as_data_set, split_by_hash
+from lockstep.parallel.strategy import Strategy
+from lockstep.runtime.errors import DataError, SettingsError, UserCodeError
+from lockstep.runtime.seeding import seed_model
+from lockstep.runtime.user_code import call
+from lockstep.settings import Settings
+from lockstep.tasks.metric_sums import Metric, MetricLayout, Number, check_metrics
+from lockstep.tasks.task import Forward, Task, evaluating
+
+NUM_TRIED = 2  # samples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's results on the held-out samples, each of which counts once.
+
+    Attributes:
+        scores: by name; runs are compared by the first one.
+        num_samples: number of held-out samples.
+        details: further results for evaluation.json.
+    """
+
+    scores: dict[str, float]
+    num_samples: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_held_out_samples": self.num_samples}
+
+    def __str__(self) -> str:
+        first, *others = self.scores.items()
+        more = "".join(f", {name} {value:.4f}" for name, value in others[:1])
+        return f"{first[0].capitalize()}: {first[1]:.4f} on {self.num_samples} held-out samples{more}"
+
+
+class SupervisedTask(Task):
+    """A problem of your own: override `data_set`, `network`, `loss`, and what else differs.
+
+    Attributes:
+        Options: a frozen dataclass of the task's own settings: `--options.width 64` in the command line.
+        weight_per_sample: what each sample weighs in the loss, if that is the same for all of them and known ahead,
+            such as 1 or the number of pixels; saves one small reduction an update. None: `loss` tells.
+        options: the task's own settings, an `Options`.
+        train_set, held_out: the data sets.
+    """
+
+    samples = "samples"
+    Options: ClassVar[type[Any] | None] = None
+    weight_per_sample: ClassVar[float | None] = None
+
+    def __init__(self, settings: Settings, cluster: Cluster) -> None:
+        """Collective: rank 0 prepares the data while the others wait, then all load it.
+
+        Raises:
+            DataError, UserCodeError: on every rank: the data cannot be used on any of them.
+            SettingsError: on every rank: the task's own settings are wrong.
+        """
+        super().__init__(settings, cluster)
+        self.options = self._build_options()
+        if settings.gradient.reduction == "adasum" and self.weight_per_sample is None:
+            message = "gradient.reduction is adasum, which needs a task whose samples weigh alike (weight_per_sample)"
+            raise SettingsError(message).as_shared()
+        cluster.on_root(lambda: call(self._named("prepare"), self.prepare))
+        sets = cluster.on_every_rank(self._load)
+        self.train_set, self.held_out = (each.to(cluster.device) for each in sets)
+        self._layouts: tuple[MetricLayout, MetricLayout] | None = None
+
+    # -- what makes a problem --------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Download or make the data, if need be: on rank 0 alone, before the other ranks load it."""
+
+    @abstractmethod
+    def data_set(self, train: bool) -> Any:
+        """Load the training data, or with `train` False the held-out data.
+
+        Returns:
+            A map-style data set, whose items are trees of tensors, arrays and numbers; or a tensor, tuple or dictionary
+            of tensors with one row for each sample, which then lives on the device. None for the held-out data: a share
+            of the training data is held out (`data.held_out_share`).
+        """
+
+    def network(self) -> nn.Module:
+        """Build the network. Its initial weights come from PyTorch's random numbers, which are seeded."""
+        raise NotImplementedError(f"{type(self).__name__} must have a method network, or blocks")
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Build the network as named blocks in order, which zero3 and a pipeline can divide. Each but the first takes
+        the output of the one before.
+        """
+        yield "network", self.network()
+
+    def inputs(self, batch: Tree) -> Tree:
+        """Pick the network's inputs from a batch: a tensor, a tuple of arguments, or a dictionary of named ones."""
+        if isinstance(batch, Tensor):
+            return batch
+        if isinstance(batch, Mapping):
+            return batch["inputs"]
+        return batch[0]
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Tree) -> tuple[Tensor, Number]:
+        """Compute the *sum* of the loss over a batch, with its graph, and its weight: what the sum over all ranks is
+        divided by, such as the number of samples, pixels or tokens that count.
+        """
+
+    def metrics(self, outputs: Any, batch: Tree) -> Mapping[str, Metric]:
+        """Compute metrics of a batch: means as (sum, weight), or tensors of counts, for `scores_of_counts`."""
+        del outputs, batch
+        return {}
+
+    def held_out_metrics(self, outputs: Any, batch: Tree) -> Mapping[str, Metric]:
+        """Compute metrics of a held-out batch. Runs are compared by the first one."""
+        return {"loss": self.loss(outputs, batch), **self.metrics(outputs, batch)}
+
+    def scores_of_counts(self, counts: Mapping[str, Tensor]) -> dict[str, float]:
+        """Compute scores from counts that are summed over all samples, such as mean IoU from a confusion matrix."""
+        del counts
+        return {}
+
+    @staticmethod
+    def collate(items: list[Any]) -> Tree:
+        """Make a batch of a list of items. Static, since worker processes call it."""
+        return default_collate(items)
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def model_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        seed_model(self.settings.seed)
+        blocks = iter(self.blocks())
+        while (named := call(self._named("blocks"), partial(next, blocks, None))) is not None:
+            name, block = named
+            yield name, block.to(self.cluster.device, self.dtype).to(memory_format=self._layout)
+
+    def example_inputs(self, num_samples: int) -> Tree:
+        ids = np.arange(min(num_samples, len(self.train_set)))
+        return self.inputs(next(self.train_set.batches([ids], self.dtype)))
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_epochs(self) -> int:
+        return self.settings.num_epochs
+
+    @property
+    def evaluate_every(self) -> int:
+        every = self.settings.evaluate_every
+        return 1 if every is None else every
+
+    @override
+    def try_out(self) -> None:
+        """Collective: compute the loss and metrics of a few samples on rank 0, so that what does not fit is told first.
+
+        Raises:
+            UserCodeError: on every rank: the model, the loss or the metrics do not fit.
+        """
+        if self._layouts is None:
+            layouts = self.cluster.on_root(self._try_out)
+            self._layouts = MetricLayout(layouts[0]), MetricLayout(layouts[1])
+
+    def _try_out(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the shapes of training and held-out metrics."""
+        ids = np.arange(min(NUM_TRIED, len(self.train_set)))
+        batch = next(self.train_set.batches([ids], self.dtype))
+        outputs = call(self._named("inputs"), lambda: self.inputs(batch))
+        learns = False
+        with torch.no_grad():
+            for name, block in self.model_blocks():
+                learns = learns or any(parameter.requires_grad for parameter in block.parameters())
+                forward = partial(self.outputs, block.eval(), outputs)
+                outputs = call(f"{self._network_name()}, block {name}, given {_shapes(outputs)},", forward)
+            held_out = self._held_out_metrics(outputs, batch)
+            metrics = self._train_metrics(outputs, batch, *self._checked_loss(outputs, batch))
+        if not learns:
+            raise UserCodeError(f"{self._network_name()} has no parameters to learn")
+        return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes)
+
+    @property
+    @override
+    def num_metric_sums(self) -> int:
+        return 1 + self._train_layout.size
+
+    @property
+    @override
+    def curves(self) -> tuple[str, ...]:
+        return tuple(name for name, shape in self._train_layout.shapes.items() if shape is None)
+
+    @override
+    def build_loader(self, shard_id: int, num_shards: int, strategy: Strategy | None = None) -> BatchLoader:
+        self.try_out()
+        data = self.settings.data
+        return BatchLoader(
+            self.train_set,
+            data.global_batch_size(num_shards),
+            data.sharding,
+            shard_id,
+            num_shards,
+            seed=self.settings.seed,
+            dtype=self.dtype,
+            inputs_of=self.inputs,
+        )
+
+    def loss_sum(self, outputs: Any, batch: DataBatch) -> tuple[Tensor, Tensor]:
+        loss, weight = self._checked_loss(outputs, batch.data)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise UserCodeError(f"{self._named('loss')} gave a loss that does not depend on the model's parameters")
+        with torch.no_grad():
+            metrics = self._train_layout.pack(self._train_metrics(outputs, batch.data, loss, weight), loss.device)
+            num_samples = torch.full_like(metrics[:1], len(batch))
+        if self.weight_per_sample is not None:
+            loss = loss / self.weight_per_sample
+        return loss, torch.cat([num_samples, metrics])
+
+    def weight(self, metric_sums: Tensor) -> Tensor | None:
+        return None if self.weight_per_sample is not None else metric_sums[2]
+
+    def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
+        num_samples, _, weight = metric_sums[:3]
+        if self.weight_per_sample is not None and weight != num_samples * self.weight_per_sample:
+            raise UserCodeError(
+                f"{self._named('weight_per_sample')} is {self.weight_per_sample}, and its loss gave {num_samples:.0f} "
+                f"samples the weight {weight}: set weight_per_sample to None"
+            ).as_shared()
+        means, counts = self._train_layout.unpack(torch.tensor(metric_sums[1:], dtype=torch.float64))
+        return {**means, **self.scores_of_counts(counts)} if weight else {}
+
+    @override
+    def line(self, epoch: int, item: Any, num_samples: int, mean: dict[str, float], last: dict[str, float]) -> str:
+        """Format a log line with the loss of the last global batch, as in the reference."""
+        return f"Epoch: {epoch}, Batch: {item.index}, Loss: {last.get('loss', float('nan')):.4f}"
+
+    @override
+    def immutable_settings(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
+        return {
+            "options": dict(self.settings.options),
+            "data.sharding": self.settings.data.sharding,
+            "the number of samples": loader.num_samples,
+            "the global batch (data.batch_size, or data.batch_size_per_rank times the shards)": loader.batch_size,
+        }
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation_batch_size(self, num_shards: int) -> int:
+        """Number of samples that a rank evaluates at once."""
+        return max(1, self.settings.data.global_batch_size(num_shards) // num_shards)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, forward: Forward, shard_id: int, num_shards: int) -> Evaluation:
+        """Collective: evaluate the held-out samples, divided over the shards; one reduction sums the metrics."""
+        self.try_out()
+        assert self._layouts
+        layout = self._layouts[1]
+        sums = torch.zeros(layout.size, dtype=torch.float64, device=self.cluster.device)
+        with evaluating(model):
+            for batch in self.held_out_batches(shard_id, num_shards):
+                self.cluster.recorder.beat()
+                if (outputs := forward(batch.inputs)) is not None and len(batch):
+                    sums += layout.pack(self._held_out_metrics(outputs, batch.data), sums.device)
+        means, counts = layout.unpack(self.cluster.sum_(sums, name="evaluation").cpu())
+        return self.evaluation_of({**means, **self.scores_of_counts(counts)}, counts)
+
+    def evaluation_of(self, scores: dict[str, float], counts: Mapping[str, Tensor]) -> Evaluation:
+        """Make the result of an evaluation from its scores, and from counts over all held-out samples."""
+        del counts
+        return Evaluation(scores, len(self.held_out))
+
+    def held_out_batches(self, shard_id: int = 0, num_shards: int = 1) -> Iterator[DataBatch]:
+        """Yield the held-out samples of one shard in order, in equally many batches on every shard."""
+        num_samples, size = len(self.held_out), self.evaluation_batch_size(num_shards)
+        start, stop = shard_bounds(num_samples, num_shards)[shard_id : shard_id + 2]
+        # The forward pass of a sharded model is a collective.
+        largest = -(-num_samples // num_shards)
+        parts: list[Ids] = np.array_split(np.arange(start, stop), max(1, -(-largest // size)))
+        shown = [ids if len(ids) else np.array([0]) for ids in parts]  # a stand-in, which counts for nothing
+        for index, (ids, data) in enumerate(zip(parts, self.held_out.batches(shown, self.dtype), strict=True)):
+            yield DataBatch(self.inputs(data), num_samples, data, ids, index)
+
+    # -- a user's code ---------------------------------------------------------------------------------------------
+
+    def _named(self, method: str) -> str:
+        return f"{type(self).__module__}.{type(self).__qualname__}.{method}"
+
+    def _network_name(self) -> str:
+        return f"the network of {type(self).__module__}.{type(self).__qualname__}"
+
+    def _build_options(self) -> Any:
+        given = self.settings.options
+        if self.Options is None:
+            if given:
+                raise SettingsError(f"{type(self).__name__} has no settings of its own (Options): {given}").as_shared()
+            return None
+        try:
+            return self.Options(**given)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"options of {type(self).__name__}: {error}").as_shared() from error
+
+    def _load(self) -> tuple[DataSet, DataSet]:
+        name, data = self._named("data_set"), self.settings.data
+        train, held_out = (call(name, partial(self.data_set, part)) for part in (True, False))
+        whole = as_data_set(train, name, self.collate, data.num_workers)
+        if held_out is not None:
+            return whole, as_data_set(held_out, name, self.collate, data.num_workers)
+        if len(whole) == 1 or not hasattr(whole, "take"):
+            raise DataError(f"{name} gave no held-out data, and its training data cannot be divided")
+        parts = split_by_hash(len(whole), data.held_out_share, self.settings.seed)
+        train_part, held_out_part = parts
+        return whole.take(train_part), whole.take(held_out_part)
+
+    def _checked_loss(self, outputs: Any, batch: Tree) -> tuple[Tensor, Number]:
+        name = self._named("loss")
+        found = call(name, lambda: self.loss(outputs, batch))
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise UserCodeError(f"{name} must return (sum, weight), and returned {type(found).__name__}")
+        loss, weight = found
+        if not isinstance(loss, Tensor) or loss.dim():
+            shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserCodeError(f"{name} must return the sum of the loss as a scalar tensor, and returned one {shape}")
+        check_metrics({"loss": (loss, weight)}, name)
+        if isinstance(weight, int | float) and not 0 <= weight < float("inf"):
+            raise UserCodeError(f"{name} gave the weight {weight}: it must be a number of at least 0")
+        return loss, weight
+
+    def _train_metrics(self, outputs: Any, batch: Tree, loss: Tensor, weight: Number) -> dict[str, Metric]:
+        name = self._named("metrics")
+        found = check_metrics(call(name, lambda: self.metrics(outputs, batch)), name)
+        return {"loss": (loss, weight), **found}
+
+    def _held_out_metrics(self, outputs: Any, batch: Tree) -> dict[str, Metric]:
+        name = self._named("held_out_metrics")
+        return check_metrics(call(name, lambda: self.held_out_metrics(outputs, batch)), name)
+
+    @property
+    def _train_layout(self) -> MetricLayout:
+        assert self._layouts, "try_out comes first"
+        return self._layouts[0]
+
+
+def _shapes(tree: Tree) -> str:
+    return ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors_of(tree))
