@@ -21,12 +21,11 @@ from lockstep.runtime.command_line import command_parser, plain_console
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.trust import add_trust
-from lockstep.tasks.classify import Classify
-from lockstep.tasks.task import Task
+from lockstep.tasks.supervised import SupervisedTask
+from lockstep.tasks.task import Task, evaluating
 from lockstep.training.build import build_task
 from lockstep.training.run_folder import RunFolder, load_into, storage_errors
 
-NUM_MISTAKES = 24
 MAX_CLASSES_SHOWN = 25
 
 
@@ -42,8 +41,8 @@ def run(cluster: Cluster) -> None:
         if "confusion" in evaluation.details:
             _print_confusion(evaluation.details["confusion"], evaluation.details["classes"])
         print(evaluation)
-        if isinstance(task, Classify):
-            _draw_worst_mistakes(task, model, folder.path / "mistakes.png")
+        if isinstance(task, SupervisedTask):
+            _draw(task, model, folder)
         elif arguments.record:
             _record(task, model, arguments.record)
 
@@ -74,19 +73,17 @@ def _print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     plain_console().print(table)
 
 
-def _draw_worst_mistakes(task: Classify, model: nn.Module, picture: Path) -> None:
-    """Draw the misclassified samples whose true class got the lowest probability."""
-    from lockstep.training.plots import plot_mistakes  # imports matplotlib, which only rank 0 needs
+def _draw(task: SupervisedTask, model: nn.Module, folder: RunFolder) -> None:
+    """Draw what the task shows of its held-out samples."""
+    from lockstep.training.plots import plot_pictures  # imports matplotlib, which only rank 0 needs
 
-    output, labels = task.predict(model)
-    predicted, names = output.argmax(1), task.held_out.classes
-    wrong = (predicted != labels).nonzero().flatten()
-    worst = wrong[output[wrong, labels[wrong]].argsort()][:NUM_MISTAKES].cpu()
-    titles = [f"{names[int(labels[index])]} taken for {names[int(predicted[index])]}" for index in worst.tolist()]
-    pictures = task.held_out.pictures(worst.numpy())
-    with storage_errors():
-        plot_mistakes(pictures, titles, picture, f"{len(wrong)} mistakes of {len(labels)}, the worst first")
-    print(f"Worst mistakes: {picture}")
+    with evaluating(model):
+        pictures = task.pictures(model)
+    if pictures:
+        path = folder.path / f"{pictures.name}.png"
+        with storage_errors():
+            plot_pictures(pictures, path)
+        print(f"{pictures.heading}: {path}")
 
 
 def _record(task: Task, model: nn.Module, picture: Path) -> None:

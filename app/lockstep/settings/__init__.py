@@ -34,7 +34,11 @@ __all__ = [
 ]
 
 
-TASKS = ("classify", "ppo")
+TASKS = {
+    "classify": "lockstep.tasks.classify.Classify",
+    "regress": "lockstep.tasks.regress.Regress",
+    "ppo": "lockstep.tasks.ppo.Ppo",
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,11 @@ class Settings:
     """New folder for all files of the run; by default runs/<date and time>."""
 
     task: str = "classify"
-    """classify: image classification; ppo: proximal policy optimization of an agent (Schulman et al. 2017); or a task
-    of your own, my_package.MyTask."""
+    """classify: image classification; regress: from fields to fields or numbers; ppo: proximal policy optimization of
+    an agent (Schulman et al. 2017); or a task of your own, my_package.MyTask."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a task of your own, by the names in its Options."""
+    """Settings of regress, or of a task of your own, by the names in its Options: see `--task regress --help`."""
 
     seed: int = 0
     """Seed of all random numbers: initial weights, order of samples, dropout."""

@@ -7,7 +7,7 @@ from typing import Literal
 from lockstep.settings.check import check
 
 Augmentation = Literal["none", "shift", "crop_flip", "resized_crop"]
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic")
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic", "vorticity")
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class DataSettings:
 
     name: str = "digits"
     """digits: 5,000 real digits, included; mnist, fashion_mnist, cifar10, cifar100: downloaded once; image_folder:
-    train/CLASS/*.jpg and val/CLASS/*.jpg in root, as ImageNet; synthetic: random images for speed tests; or the name of
-    a data set of your own, my_package.my_data."""
+    train/CLASS/*.jpg and val/CLASS/*.jpg in root, as ImageNet; synthetic: random images for speed tests; vorticity: for
+    regress; or the name of a data set of your own, my_package.my_data."""
 
     root: str = "data"
     """Folder of the data; on a cluster, one that all nodes share."""

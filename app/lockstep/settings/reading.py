@@ -25,7 +25,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.hints import in_environment, this_program
 from lockstep.runtime.importing import import_object
-from lockstep.settings import Settings
+from lockstep.settings import TASKS, Settings
 from lockstep.settings.old_names import rename_in_file, rename_variables, with_new_names
 from lockstep.settings.trust import HELP, NAMES, Source, check_trust, names_of_code, read_source
 
@@ -37,6 +37,7 @@ OTHER_VARIABLES = {  # used by env/ and slurm/, no settings
 }
 OLD_PRESETS = {"seed": "reference"}  # for one more release
 COMMANDS = {"config", "help", "print_config", "trust"}  # on the command line only
+WITHOUT_OPTIONS = ("classify", "ppo")  # need not be imported to be told from others
 DEFAULT_RUN = Path("runs/latest")
 SETTINGS_FILE = "settings.yaml"
 TRAINS = "Trains synchronously over every rank of the job, then merges the model on rank 0."
@@ -147,7 +148,7 @@ def parse_settings(args: Sequence[str] | None = None) -> tuple[Settings, bool]:
         if plain == args:
             raise
         settings, resume = Settings(), False
-    options = _options_of(settings.task) if "." in settings.task else None
+    options = _options_of(TASKS.get(settings.task, settings.task)) if settings.task not in WITHOUT_OPTIONS else None
     return (settings, resume) if options is None and plain == args else _parse_settings(args, options)
 
 

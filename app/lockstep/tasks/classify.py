@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +14,13 @@ from lockstep.data.loader import BatchLoader, MixedSamples
 from lockstep.models.classifier import classifier_blocks
 from lockstep.parallel.strategy import Strategy
 from lockstep.tasks.metric_sums import Metric, Number
+from lockstep.tasks.pictures import Pictures
 from lockstep.tasks.supervised import Evaluation, SupervisedTask
-from lockstep.tasks.task import evaluating
 
 EVALUATION_BATCH_SIZE = 500
 TOP = 5
 MAX_CLASSES_IN_DETAILS = 100
+NUM_MISTAKES, NUM_COLUMNS = 24, 8  # that are shown
 
 
 class Classify(SupervisedTask):
@@ -113,13 +113,16 @@ class Classify(SupervisedTask):
     def immutable_settings(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
         return {"data.name": self.settings.data.name, **super().immutable_settings(loader, num_shards)}
 
+    @override
     @torch.no_grad()
-    def predict(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities (n, num_classes) and labels (n,) of all held-out samples. Not a collective."""
-        count = len(self.held_out)
-        batches = np.array_split(np.arange(count), max(1, -(-count // EVALUATION_BATCH_SIZE)))
-        with evaluating(model):
-            found = [
-                (self.outputs(model, inputs), labels) for inputs, labels in self.held_out.batches(batches, self.dtype)
-            ]
-        return torch.cat([outputs for outputs, _ in found]), torch.cat([labels for _, labels in found])
+    def pictures(self, model: nn.Module) -> Pictures:
+        """Show the misclassified samples whose true class got the lowest probability."""
+        found = [(self.outputs(model, batch.inputs), batch.data[1]) for batch in self.held_out_batches()]
+        outputs, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        predicted, names = outputs.argmax(1), self.held_out.classes
+        wrong = (predicted != labels).nonzero().flatten()
+        worst = wrong[outputs[wrong, labels[wrong]].argsort()][:NUM_MISTAKES].cpu()
+        titles = [f"{names[int(labels[index])]} taken for {names[int(predicted[index])]}" for index in worst.tolist()]
+        images = [image.permute(1, 2, 0).squeeze(-1) for image in self.held_out.pictures(worst.numpy()).cpu()]
+        heading = f"{len(wrong)} mistakes of {len(labels)}, the worst first"
+        return Pictures("mistakes", heading, [image.numpy() for image in images], titles, NUM_COLUMNS)

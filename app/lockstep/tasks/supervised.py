@@ -26,6 +26,7 @@ from lockstep.runtime.seeding import seed_model
 from lockstep.runtime.user_code import call
 from lockstep.settings import Settings
 from lockstep.tasks.metric_sums import Metric, MetricLayout, Number, check_metrics
+from lockstep.tasks.pictures import Pictures
 from lockstep.tasks.task import Forward, Task, evaluating
 
 NUM_TRIED = 2  # samples
@@ -296,6 +297,11 @@ class SupervisedTask(Task):
         shown = [ids if len(ids) else np.array([0]) for ids in parts]  # a stand-in, which counts for nothing
         for index, (ids, data) in enumerate(zip(parts, self.held_out.batches(shown, self.dtype), strict=True)):
             yield DataBatch(self.inputs(data), num_samples, data, ids, index)
+
+    def pictures(self, model: nn.Module) -> Pictures | None:
+        """Show held-out samples and what `model`, in evaluation mode, makes of them. Not a collective."""
+        del model
+        return None
 
     # -- a user's code ---------------------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ from lockstep.parallel.zero import Zero
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.importing import import_object
 from lockstep.runtime.memory import release_freed_memory
-from lockstep.settings import Settings
-from lockstep.tasks.classify import Classify
+from lockstep.settings import TASKS, Settings
 from lockstep.tasks.task import Task
 from lockstep.training.hooks import TrainerHook
 from lockstep.training.optim import build_optimizer
@@ -27,18 +26,13 @@ def build_task(settings: Settings, cluster: Cluster) -> Task:
     Raises:
         DataError, SettingsError: on every rank: its data or environment is missing on any, or cannot be used.
     """
-    if settings.task == "ppo":
-        from lockstep.tasks.ppo import Ppo  # with Gymnasium, which takes its time
-
-        return Ppo(settings, cluster)
-    if settings.task == "classify":
-        return Classify(settings, cluster)
-    kind = cluster.on_every_rank(lambda: _import_task(settings.task))
+    name = TASKS.get(settings.task, settings.task)  # imported when needed: Gymnasium takes its time
+    kind = cluster.on_every_rank(lambda: _import_task(name))
     return kind(settings, cluster)
 
 
 def _import_task(name: str) -> type[Task]:
-    """Import a user's own task.
+    """Import a task.
 
     Raises:
         SettingsError: it cannot be imported, or is no task.

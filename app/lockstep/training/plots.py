@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure  # not pyplot, whose backend is the user's own choice in a notebook
-from torch import Tensor
+
+from lockstep.tasks.pictures import Pictures
 
 
 def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str) -> None:
@@ -28,16 +29,19 @@ def plot_curves(metrics: Path, picture: Path, names: Sequence[str], samples: str
     figure.savefig(picture, dpi=120)
 
 
-def plot_mistakes(images: Tensor, titles: Sequence[str], picture: Path, heading: str) -> None:
-    """Plot a grid of (n, channels, height, width) uint8 `images` with their titles, as a PNG."""
-    num_columns = 8
-    num_rows = max(1, -(-len(images) // num_columns))
-    figure = Figure(figsize=(1.5 * num_columns, 1.9 * num_rows + 0.5), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+def plot_pictures(pictures: Pictures, picture: Path) -> None:
+    """Plot a grid of images with their titles, as a PNG. Numbers have one scale for all images."""
+    num_rows = max(1, -(-len(pictures.images) // pictures.num_columns))
+    figure = Figure(figsize=(1.5 * pictures.num_columns, 1.9 * num_rows + 0.5), layout="constrained")
+    axes = figure.subplots(num_rows, pictures.num_columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, title in zip(axes.flat, images.cpu().to(torch.uint8), titles, strict=False):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r")
+    for axis, image, title in zip(axes.flat, pictures.images, pictures.titles, strict=False):
+        if image.dtype == np.uint8:
+            axis.imshow(image, cmap="gray_r")
+        else:
+            largest = max(float(np.abs(other).max()) for other in pictures.images)
+            axis.imshow(image, cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set_title(title, fontsize=9)
-    figure.suptitle(heading)
+    figure.suptitle(pictures.heading)
     figure.savefig(picture, dpi=120)

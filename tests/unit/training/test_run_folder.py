@@ -6,13 +6,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lockstep.runtime.errors import ExitCode, SettingsError, StorageError
 from lockstep.settings import Settings
-from lockstep.training.plots import plot_curves, plot_mistakes
+from lockstep.tasks.pictures import Pictures
+from lockstep.training.plots import plot_curves, plot_pictures
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.run_logger import RootRunLogger
 
@@ -142,8 +144,10 @@ def test_what_json_cannot_say_is_null_and_still_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_images", [0, 1, 24])
 def test_mistakes_are_drawn_however_few(num_images: int, tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (num_images, 1, 28, 28), dtype=torch.uint8)
-    plot_mistakes(images, ["4 taken for 9"] * num_images, tmp_path / "mistakes.png", "mistakes")
+    images = [np.full((28, 28), index, dtype=np.uint8) for index in range(num_images)]
+    plot_pictures(
+        Pictures("mistakes", "mistakes", images, ["4 taken for 9"] * num_images, 8), tmp_path / "mistakes.png"
+    )
     assert (tmp_path / "mistakes.png").read_bytes().startswith(PNG_HEADER)
 
 
