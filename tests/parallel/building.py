@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lockstep.comm.cluster import Cluster
 from lockstep.data.image_set import ImageSet
 from lockstep.data.loader import BatchLoader, LabelledBatch
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import vit_blocks
 from lockstep.parallel.strategy import Strategy
 from lockstep.settings import Settings
 from lockstep.tasks.classify import Classify

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.data.built_in import load_synthetic
 from lockstep.data.loader import BatchLoader, LabelledBatch
 from lockstep.data.sharding import Sharding
-from lockstep.data.synthetic import load_synthetic
 
 DATA = load_synthetic(num_samples=50, train=True)
 
