@@ -20,10 +20,10 @@ from lockstep.settings import Settings
 from lockstep.settings.reading import parse_settings
 from lockstep.tasks.supervised import SupervisedTask
 from lockstep.tasks.task import Evaluation, Task
-from lockstep.training.build import build_task
+from lockstep.training.build import load_task
 from lockstep.training.hooks import TrainerHook
 from lockstep.training.run import run
-from lockstep.training.run_folder import SUMMARY, RunFolder, load_into, storage_errors
+from lockstep.training.run_folder import SUMMARY, RunFolder, storage_errors
 
 
 def read_settings(*options: str) -> Settings:
@@ -138,7 +138,4 @@ def load_model(path: Path | str, trust: bool = False) -> nn.Module:
 def _load(path: Path, trust: bool, cluster: Cluster) -> tuple[Task, nn.Module]:
     """Collective: build the task of a finished run, and load its merged model."""
     settings = cluster.on_root(lambda: RunFolder.open(path).load_settings(trust))
-    task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
-    model = task.build_model()
-    cluster.on_every_rank(lambda: load_into(model, RunFolder(path)))
-    return task, model
+    return load_task(settings, RunFolder(path), cluster)

@@ -12,7 +12,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.data.batch import DataBatch
 from lockstep.data.image_set import ImageSet
 from lockstep.data.loader import BatchLoader
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import vit_blocks
 from lockstep.parallel.strategy import Strategy
 from lockstep.settings import Settings
 from lockstep.tasks.classify import Classify

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import vit_blocks
 from lockstep.settings import Settings
 from lockstep.settings.page import page
 from tests.launching import ROOT

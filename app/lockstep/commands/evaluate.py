@@ -23,8 +23,8 @@ from lockstep.settings import Settings
 from lockstep.settings.trust import add_trust
 from lockstep.tasks.supervised import SupervisedTask
 from lockstep.tasks.task import Task, evaluating
-from lockstep.training.build import build_task
-from lockstep.training.run_folder import RunFolder, load_into, storage_errors
+from lockstep.training.build import load_task
+from lockstep.training.run_folder import RunFolder, storage_errors
 
 MAX_CLASSES_SHOWN = 25
 
@@ -33,9 +33,7 @@ def run(cluster: Cluster) -> None:
     arguments = cluster.on_root(_parse_args)
     folder = RunFolder(arguments.run)
     settings = cluster.on_root(lambda: _settings_for(arguments))
-    task = build_task(settings, cluster)
-    model = task.build_model()
-    cluster.on_every_rank(lambda: load_into(model, folder))
+    task, model = load_task(settings, folder, cluster)
     evaluation = task.evaluate(model, partial(task.outputs, model), cluster.rank, cluster.size)
     if cluster.is_root:
         if "confusion" in evaluation.details:
@@ -59,7 +57,7 @@ def _settings_for(arguments: argparse.Namespace) -> Settings:
         raise SettingsError(f"{arguments.run} has learned {settings.task}: --episodes and --record are for agents")
     if arguments.episodes:
         settings = replace(settings, env=replace(settings.env, num_evaluation_episodes=arguments.episodes))
-    return replace(settings, model=replace(settings.model, compile=False))  # not worth a minute for one pass
+    return settings
 
 
 def _print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, SettingsError
 from lockstep.settings.reading import SETTINGS_FILE
 from lockstep.settings.trust import add_trust
-from lockstep.training.build import build_task
-from lockstep.training.run_folder import RunFolder, load_into, replacing
+from lockstep.training.build import load_task
+from lockstep.training.run_folder import RunFolder, replacing
 
 Outputs = Callable[[Tensor], Tensor]
 NUM_EXAMPLES = 3  # batch size of the example inputs for tracing
@@ -46,9 +45,8 @@ def run(cluster: Cluster) -> None:
         raise SettingsError("export runs on one rank: start it without a launcher").as_shared()
     folder = RunFolder.open(arguments.run)
     settings = folder.load_settings(arguments.trust == "true")
-    task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
-    model = task.build_model().cpu().eval()
-    load_into(model, folder)
+    task, model = load_task(settings, folder, cluster)
+    model.cpu().eval()
     examples = task.example_inputs(NUM_EXAMPLES).cpu().to(task.dtype)
     for name in arguments.formats:
         difference = export(model, examples, folder, name)

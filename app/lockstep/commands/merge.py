@@ -18,8 +18,8 @@ from lockstep.parallel.weight_average import AVERAGE
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import SettingsError, StorageError, run_alone
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
+from lockstep.training.model_file import TensorFileWriter
 from lockstep.training.run_folder import MODEL, replacing
-from lockstep.training.tensor_file import TensorFileWriter
 
 PREFIX = "model/"
 AVERAGE_PREFIX = f"optimizer/{AVERAGE}/"

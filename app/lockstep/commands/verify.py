@@ -14,7 +14,7 @@ from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, StorageError, run_alone
 from lockstep.settings.reading import SETTINGS_FILE, load_settings
 from lockstep.training.checkpoint import Checkpoint, list_checkpoints, verify_checkpoint
-from lockstep.training.position import Progress
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import SUMMARY
 from lockstep.training.sample_ledger import find_gaps, last_attempt, read_ledger
 

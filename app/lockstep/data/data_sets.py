@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from lockstep.data.augmentation import RESIZED, build_augmentation, build_centre
-from lockstep.data.digits import load_digits
+from lockstep.data.built_in import load_digits, load_synthetic
 from lockstep.data.downloads import DOWNLOADS, download, load
 from lockstep.data.image_set import ImageSet, LabelledImages
 from lockstep.data.item_set import IMAGENET_MEAN, IMAGENET_STD, Items, ItemSet, image_and_label
-from lockstep.data.synthetic import load_synthetic
 from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.runtime.importing import import_object
 from lockstep.settings import DataSettings

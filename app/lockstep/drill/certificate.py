@@ -35,7 +35,7 @@ from lockstep.runtime.flight_recorder import FOLDER as RECORDER
 from lockstep.runtime.flight_recorder import Heartbeat, read_heartbeats
 from lockstep.settings.reading import SETTINGS_FILE, load_settings
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from lockstep.training.position import Progress
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import HISTORY
 from lockstep.training.sample_ledger import find_gaps, ledger_digest, read_ledger
 

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lockstep.models.log_probabilities import LogProbabilities
-from lockstep.models.net import net_blocks
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import LogProbabilities, net_blocks, vit_blocks
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.importing import construct
 from lockstep.settings import ModelSettings

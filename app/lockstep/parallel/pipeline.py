@@ -31,7 +31,7 @@ from lockstep.parallel.pipeline_plan import (
     wait_for_device,
 )
 from lockstep.parallel.rank_grid import RankGrid
-from lockstep.parallel.replicated import UnshardedStrategy
+from lockstep.parallel.replicated import GradientBuffer, UnshardedStrategy
 from lockstep.parallel.step import loss_of
 from lockstep.parallel.strategy import Blocks, BuildOptimizer, Objective
 from lockstep.runtime.errors import SettingsError
@@ -87,6 +87,7 @@ class Pipeline(UnshardedStrategy):
         self._messages = cluster.require_mpi("the stages of a pipeline send each other messages")
         replicas = cluster.split(grid.same_stage())
         super().__init__(cluster, settings.gradient, stage, build_optimizer(stage), meta_state, first_names, replicas)
+        self.gradients = GradientBuffer(stage, replicas, settings.gradient)
         self._posted: deque[Message] = deque()
         self._sent: list[Message] = []
 

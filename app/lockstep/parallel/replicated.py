@@ -5,7 +5,7 @@ replicas after each backward pass.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from lockstep.parallel.strategy import Objective, Strategy
 from lockstep.parallel.tensor_slices import (
     SavedState,
     State,
-    TensorSlice,
     TensorState,
     load_model,
     model_state,
@@ -40,31 +39,8 @@ class UnshardedStrategy(Strategy):
         gradients: of what this rank holds; after an update, over all `replicas`.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        settings: GradientSettings,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        meta_state: Mapping[str, Tensor],
-        first_names: Mapping[str, str],
-        replicas: Cluster,
-    ) -> None:
-        """
-        Args:
-            model: what this rank holds.
-            replicas: the ranks that hold the same.
-
-        Raises:
-            SettingsError: on every rank: the number of replicas does not fit `settings`.
-        """
-        slices: dict[Tensor, TensorSlice] = {}
-        for name, parameter in model.named_parameters():
-            slices[parameter] = TensorSlice.whole(name, parameter)
-        super().__init__(cluster, settings, model, optimizer, slices, meta_state, first_names, replicas)
-        self._num_micro_batches = settings.num_micro_batches
-        self._sends_gradients = True
-        self.gradients = GradientBuffer(model, replicas, settings)
+    gradients: "GradientBuffer"  # a subclass makes it, after `Strategy.__init__`
+    _sends_gradients = True
 
     def zero_gradients(self) -> None:
         self.gradients.zero()
@@ -119,6 +95,7 @@ class Replicated(UnshardedStrategy):
         """
         settings = settings or GradientSettings()
         super().__init__(cluster, settings, model, optimizer, meta_state_of(model), first_names(model), cluster)
+        self.gradients = GradientBuffer(model, cluster, settings)
 
     def forward_backward(self, batch: Batch, objective: Objective, seed: int) -> Tensor:
         return accumulate_gradients(self, batch, objective, seed)

@@ -67,21 +67,25 @@ class Strategy(ABC):
         settings: GradientSettings,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        slices: Mapping[Tensor, TensorSlice],
         meta_state: Mapping[str, Tensor],
         first_names: Mapping[str, str],
         replicas: Cluster,
+        slices: Mapping[Tensor, TensorSlice] | None = None,
     ) -> None:
         """
         Args:
-            slices: which of the whole model's elements each of the optimizer's parameters holds.
             first_names: of the whole model: see merge.py.
             replicas: the ranks that have the same buffers, and different samples.
+            slices: which of the whole model's elements each of the optimizer's parameters holds; by default, all of its
+                own.
         """
         self._cluster = cluster
         self.clip_norm = settings.clip_norm
+        self._num_micro_batches = settings.num_micro_batches
         self.model = model
         self.optimizer = optimizer
+        if slices is None:
+            slices = {parameter: TensorSlice.whole(name, parameter) for name, parameter in model.named_parameters()}
         self._slices = slices
         self.meta_state = meta_state
         self.num_parameters = sum(meta_state[name].numel() for name in set(first_names.values()) & meta_state.keys())

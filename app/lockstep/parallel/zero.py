@@ -9,6 +9,8 @@ block whole. With P parameters of b bytes on N ranks and an optimizer that keeps
 for each of them, a rank holds b P (2 + k/N), b P (1 + (1 + k)/N) or b P (2 + k)/N bytes, plus two
 blocks. An update sends b P (N - 1)/N bytes a rank twice at stage 1; at stages 2 and 3, where each of m micro-batches is
 reduced by itself, 1 + m times and 3 m times.
+
+The blocks, their flat shards, and when these are gathered, reduced and freed: sharded_model.py. Here is the update.
 """
 
 import math
@@ -42,12 +44,11 @@ class Zero(Strategy):
             build_optimizer: makes an optimizer that works element by element, over parameters of the given model.
         """
         self._stage = stage
-        self._num_micro_batches = settings.num_micro_batches
         self._sharded = sharded = ShardedModel(blocks, cluster, stage)
         optimizer = build_optimizer(sharded.model)
         slices = self._give_shards_to(optimizer)
         super().__init__(
-            cluster, settings, sharded.model, optimizer, slices, sharded.meta_state, sharded.first_names, cluster
+            cluster, settings, sharded.model, optimizer, sharded.meta_state, sharded.first_names, cluster, slices
         )
         self._loss = torch.zeros((), dtype=torch.float64, device=cluster.device)
 

@@ -111,3 +111,9 @@ def run_alone(main: Callable[[], None]) -> None:
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def check(holds: bool, name: str, value: object, fix: str) -> None:
+    """Raise a ValueError that names the setting, its value and the fix, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name} is {value}: {fix}")

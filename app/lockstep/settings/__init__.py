@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lockstep.runtime.errors import check
 from lockstep.settings.agents import EnvSettings, PpoSettings
-from lockstep.settings.check import check
 from lockstep.settings.data import DataSettings
 from lockstep.settings.learning import GradientSettings, OptimizerSettings, PipelineSettings
 from lockstep.settings.model import ModelSettings, VitSettings

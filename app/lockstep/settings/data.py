@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lockstep.settings.check import check
+from lockstep.runtime.errors import check
 
 Augmentation = Literal["none", "shift", "crop_flip", "resized_crop"]
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic", "vorticity")

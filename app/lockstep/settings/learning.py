@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lockstep.settings.check import check
+from lockstep.runtime.errors import check
 
 
 @dataclass(frozen=True)

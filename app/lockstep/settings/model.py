@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.settings.check import check
+from lockstep.runtime.errors import check
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lockstep.settings.check import check
+from lockstep.runtime.errors import check
 
 LOGGERS = ("tensorboard", "csv", "mlflow")
 

@@ -24,7 +24,7 @@ from lockstep.data.batch import Batch
 from lockstep.data.sharding import shard_bounds
 from lockstep.models.actions import build_actions
 from lockstep.models.policy import policy_blocks
-from lockstep.parallel.step import train_step
+from lockstep.parallel.step import FORWARD_BACKWARD, train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.seeding import seed_model, update_seed
@@ -134,6 +134,7 @@ class Ppo(Task):
     ) -> Tensor:
         """Collective: K epochs over the rollout; all ranks stop early if the KL divergence exceeds `target_kl`."""
         ppo = self.settings.ppo
+        strategy.recorder.enter(FORWARD_BACKWARD)  # its preparation counts for it
         with torch.no_grad():
             all_steps = self._flatten_rollout(item)
         orders = [

@@ -1,6 +1,9 @@
 """Builds the task, the model, its strategy and the trainer that the settings ask for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.pipeline import Pipeline
@@ -13,10 +16,10 @@ from lockstep.runtime.importing import import_object
 from lockstep.runtime.memory import release_freed_memory
 from lockstep.settings import TASKS, Settings
 from lockstep.tasks.task import Task
+from lockstep.training.checkpoint import InMemoryCheckpoint
 from lockstep.training.hooks import TrainerHook
 from lockstep.training.optim import build_optimizer
-from lockstep.training.position import InMemoryCheckpoint
-from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_folder import RunFolder, load_into
 from lockstep.training.trainer import Trainer
 
 
@@ -41,6 +44,18 @@ def _import_task(name: str) -> type[Task]:
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise SettingsError(f"task is {name}: it must be a class of its own, derived from lockstep.SupervisedTask")
     return found
+
+
+def load_task(settings: Settings, folder: RunFolder, cluster: Cluster) -> tuple[Task, nn.Module]:
+    """Collective: build the task of the finished run in `folder`, and its merged model, which is not compiled.
+
+    Raises:
+        DataError, SettingsError, StorageError: on every rank: see `build_task` and `load_into`.
+    """
+    task = build_task(replace(settings, model=replace(settings.model, compile=False)), cluster)
+    model = task.build_model()
+    cluster.on_every_rank(lambda: load_into(model, folder))
+    return task, model
 
 
 def build_trainer(

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lockstep.parallel.tensor_slices import Shard, State, whole_tensors
+from lockstep.parallel.tensor_slices import Shard, State, TensorState, whole_tensors
 from lockstep.runtime.errors import StorageError
 from lockstep.settings.old_names import NEW_NAMES
 from lockstep.training.run_folder import flush_folder, storage_errors
@@ -91,6 +91,21 @@ class Checkpoint:
                 name, start, stop = _parse_key(key, self.shapes)
                 places[name].append((start, stop, file, key))
         return {name: sorted(of_tensor) for name, of_tensor in places.items()}
+
+
+class InMemoryCheckpoint(TensorState):
+    """What a checkpoint holds, in rank 0's memory; the other ranks have names and shapes without values.
+
+    Attributes:
+        step, counters: as a checkpoint's.
+        path: where it comes from, for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], step: int, counters: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self.step = step
+        self.counters = counters
+        self.path = "the memory of the ranks before"
 
 
 @dataclass(frozen=True)

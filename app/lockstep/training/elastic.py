@@ -18,8 +18,8 @@ from lockstep.comm.rendezvous import job_name
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.settings.reading import DEFAULT_RUN
+from lockstep.training.checkpoint import InMemoryCheckpoint
 from lockstep.training.loggers import check_loggers
-from lockstep.training.position import InMemoryCheckpoint
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.run_logger import mark_after
 from lockstep.training.trainer import Trainer

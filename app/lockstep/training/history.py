@@ -1,13 +1,39 @@
-"""How the settings of a run have changed from attempt to attempt, and which changes a finished run allows."""
+"""How the settings of a run have changed from attempt to attempt, and which changes a run that goes on allows."""
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings
 from lockstep.settings.reading import flat_settings
-from lockstep.training.position import immutable_settings
+from lockstep.training.optim import learning_rate_scale
+
+_HOW_ALONE = ("channels_last", "compile")  # settings of a model that change how it computes, not what
+
+
+def immutable_settings(settings: Settings, of_task: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
+    """Collect what a run cannot change when it is resumed, because its position and state would mean something else.
+
+    Args:
+        of_task: what its task adds.
+        num_shards: of the data.
+    """
+    return {
+        "task": settings.task,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "model": {name: value for name, value in asdict(settings.model).items() if name not in _HOW_ALONE},
+        "gradient.reduction": settings.gradient.reduction,
+        "gradient.wire": settings.gradient.wire,
+        "checks.ledger": settings.checks.ledger,  # a ledger of a part of the run would prove nothing
+        **of_task,
+        "optimizer.name": settings.optimizer.name,
+        "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+        "optimizer.average_decay": settings.optimizer.average_decay,
+        "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
+    }
 
 
 def as_saved(settings: Settings) -> Settings:

@@ -23,7 +23,7 @@ from lockstep.runtime.command_line import plain_console
 from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.training import trace
-from lockstep.training.position import Progress
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import RunFolder, storage_errors
 
 PROFILE = "profile"

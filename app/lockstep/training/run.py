@@ -21,9 +21,9 @@ from lockstep.tasks.task import Evaluation
 from lockstep.training.build import build_task, build_trainer
 from lockstep.training.elastic import ElasticState, Run, check_elastic
 from lockstep.training.hooks import TrainerHook
+from lockstep.training.model_file import TensorFileWriter
 from lockstep.training.run_folder import RunFolder, storage_errors
 from lockstep.training.summary import summary_lines, write_summary
-from lockstep.training.tensor_file import TensorFileWriter
 from lockstep.training.trainer import Trainer
 
 SECONDS_FOR_A_LOCK = 120.0  # of a lost rank 0, which a file server may keep

@@ -36,7 +36,7 @@ from lockstep.runtime.errors import SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.settings.reading import DEFAULT_RUN, SETTINGS_FILE, dump_settings, load_settings
 from lockstep.training.history import as_saved, asks_for_more, changes
-from lockstep.training.tensor_file import TensorFileWriter
+from lockstep.training.model_file import TensorFileWriter
 
 MODEL = "model.safetensors"
 SUMMARY = "summary.json"

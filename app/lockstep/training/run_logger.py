@@ -26,7 +26,7 @@ from lockstep.comm.program import tell
 from lockstep.settings import Settings
 from lockstep.settings.reading import flat_settings
 from lockstep.training.loggers import build_logger
-from lockstep.training.position import Progress as Position
+from lockstep.training.progress import Progress as Position
 from lockstep.training.run_folder import RunFolder, json_number, storage_errors
 
 

@@ -7,9 +7,9 @@ from lockstep.parallel.step import PHASES
 from lockstep.runtime.flight_recorder import stragglers
 from lockstep.runtime.hints import suggest
 from lockstep.tasks.task import Evaluation
-from lockstep.training.position import Progress
+from lockstep.training.model_file import TensorFileWriter
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import EVALUATION, MODEL, SUMMARY, RunFolder, json_number
-from lockstep.training.tensor_file import TensorFileWriter
 
 GROUPS = {  # of the phases that ranks record
     "computing": PHASES,

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.stop import StopVote, closing_vote
 from lockstep.parallel.rank_grid import RankGrid
-from lockstep.parallel.step import FORWARD_BACKWARD
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import (
     LockstepError,
@@ -23,13 +22,13 @@ from lockstep.runtime.errors import (
 from lockstep.runtime.seeding import random_state_digest, update_seed
 from lockstep.settings import Settings
 from lockstep.tasks.task import Evaluation, Task
-from lockstep.training.checkpoint import Checkpoint, latest_checkpoint
+from lockstep.training.checkpoint import Checkpoint, InMemoryCheckpoint, latest_checkpoint
 from lockstep.training.checkpoint_writer import CheckpointWriter
+from lockstep.training.history import immutable_settings
 from lockstep.training.hooks import TrainerHook
-from lockstep.training.metrics import MetricAccumulator
 from lockstep.training.optim import learning_rate_at, set_learning_rate
-from lockstep.training.position import InMemoryCheckpoint, Progress, immutable_settings
 from lockstep.training.profiling import Profiler
+from lockstep.training.progress import MetricAccumulator, Progress
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.run_logger import RootRunLogger, RunLogger
 from lockstep.training.sample_ledger import SampleLedger, last_attempt
@@ -195,7 +194,6 @@ class Trainer:
         ids = item.ids if self._grid.counts_samples else item.ids[:0]
         self._ledger.announce(progress.step, self.loader.epoch, ids)
         skipped = False
-        self._enter(FORWARD_BACKWARD, progress.step + 1)
         try:
             self.metrics.add(self.task.learn(item, self.strategy, seed, self.writer.wait_for_copy))
         except (NonFiniteError, NothingToLearnError) as error:

@@ -20,7 +20,7 @@ from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
 from lockstep.settings import GradientSettings
-from lockstep.training.tensor_file import TensorFileWriter
+from lockstep.training.model_file import TensorFileWriter
 from tests.parallel.building import CrossEntropy, assert_close, make_batch, merged_model, tied_blocks
 
 MOST = 7

@@ -12,7 +12,7 @@ from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.step import train_step
 from lockstep.runtime.errors import ReplicasDifferError
 from lockstep.runtime.seeding import update_seed
-from lockstep.training.metrics import MetricAccumulator
+from lockstep.training.progress import MetricAccumulator
 from tests.parallel.building import CrossEntropy, make_batch, merged_model
 
 

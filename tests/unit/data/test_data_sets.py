@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.data import digits
-from lockstep.data.digits import load_digits
+from lockstep.data import built_in
+from lockstep.data.built_in import load_digits, load_synthetic
 from lockstep.data.downloads import download, load
-from lockstep.data.synthetic import load_synthetic
 from lockstep.runtime.errors import DataError, ExitCode
 
 
@@ -36,8 +35,8 @@ def test_no_digit_is_both_learned_from_and_held_out() -> None:
 
 
 def test_a_missing_digits_file_is_told_with_its_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(digits, "files", lambda _: tmp_path)
-    digits._read_table.cache_clear()
+    monkeypatch.setattr(built_in, "files", lambda _: tmp_path)
+    built_in._read_table.cache_clear()
     with pytest.raises(DataError, match="env/setup") as caught:
         load_digits(train=True)
     assert caught.value.exit_code == ExitCode.DATA

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lockstep.data.batch import DataBatch
+from lockstep.data.built_in import load_synthetic
 from lockstep.data.loader import BatchLoader
 from lockstep.data.sharding import Sharding
-from lockstep.data.synthetic import load_synthetic
 
 DATA = load_synthetic(num_samples=50, train=True)
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lockstep.models.net import Net, net_blocks
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import Net, net_blocks, vit_blocks
 from lockstep.settings import OptimizerSettings, Settings
 from lockstep.settings.reading import parse_settings
 from lockstep.training.optim import parameter_groups

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lockstep.models.net import Net
+from lockstep.models.networks import Net
 from lockstep.parallel.merge import merge_shards, shard_model, state_digest, sync_params
 
 

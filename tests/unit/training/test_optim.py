@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.models.net import Net
+from lockstep.models.networks import Net
 from lockstep.parallel.weight_average import exchange_with_average, has_average
 from lockstep.settings import OptimizerSettings
 from lockstep.training.optim import Lamb, Lars, build_optimizer, learning_rate_at, set_learning_rate

@@ -19,7 +19,7 @@ import sys, time
 from pathlib import Path
 from lockstep.settings import Settings
 from lockstep.training.run_logger import RootRunLogger
-from lockstep.training.position import Progress
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import RunFolder
 
 with RootRunLogger(RunFolder(Path(sys.argv[1])), Settings(), num_updates=5000) as run_logger:

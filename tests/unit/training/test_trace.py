@@ -10,8 +10,8 @@ import pytest
 
 from lockstep.comm.cluster import Cluster
 from lockstep.settings import Settings
-from lockstep.training.position import Progress
 from lockstep.training.profiling import Profiler, of_operators
+from lockstep.training.progress import Progress
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.trace import (
     HOROVOD_PID,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 
-from lockstep.data.digits import load_digits
+from lockstep.data.built_in import load_digits
 from lockstep.runtime.affinity import allowed_cpus, read_topology, share_cores
 from lockstep.runtime.affinity import pin as pin_to
 

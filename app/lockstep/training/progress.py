@@ -1,11 +1,35 @@
-"""Metrics as exact sums: added up on the device update by update, and reduced over the ranks once a log line."""
+"""How far a run is, and its metrics since the last log line: exact sums, added up on the device update by update, and
+reduced over the ranks once a log line.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lockstep.comm.cluster import Cluster
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside the loader's position.
+
+    Attributes:
+        step: updates, skipped ones included.
+        num_samples: of those updates, over all ranks and epochs: images, or steps of environments.
+        num_skipped: updates that were skipped because they were not finite.
+        seconds: of the updates alone, without evaluation.
+    """
+
+    step: int = 0
+    num_samples: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.num_samples / max(self.seconds, 1e-9)
 
 
 class MetricAccumulator:
