@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,6 +113,25 @@ def running(parent: psutil.Process, script: Path) -> list[psutil.Process]:
             if child.cmdline()[1:2] == [str(script)]:
                 found.append(child)
     return found
+
+
+def kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
+    """Kill both ranks of app/train.py by SIGKILL once there is a checkpoint: later updates, in mid-epoch, are lost."""
+    process = psutil.Popen(shlex.split(command), cwd=cwd, env=ENVIRONMENT, stdout=-3, stderr=-3, stdin=-3)
+    deadline = time.monotonic() + 120 * slowness()
+    try:
+        while not any((run / "checkpoints").glob("[0-9]*/manifest.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+    finally:
+        ranks = running(process, ROOT / "app" / "train.py")
+        for rank in ranks:
+            rank.kill()
+        psutil.wait_procs([*ranks, process], timeout=30 * slowness())
+        assert not process.is_running()
+    assert len(ranks) == 2
 
 
 def _kill(process: subprocess.Popen[str]) -> tuple[str, str]:

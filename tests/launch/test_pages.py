@@ -29,6 +29,8 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "--config racetrack": "test_agents.py::test_every_preset_runs_and_can_be_seen",
     "--config highway": "test_agents.py::test_every_preset_runs_and_can_be_seen",
     "my_world.Corridor": "test_agents.py::test_an_environment_and_a_policy_of_ones_own",
+    "runs/weather": "test_problems.py::test_the_pages_example_is_killed_and_goes_on_bit_for_bit",
+    "runs/forecast": "test_problems.py::test_the_forecast_is_learned_and_drawn",
     "my_shapes.Shapes": "test_vision.py::test_a_data_set_and_a_network_of_ones_own",
     "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed",
     "lockstep drill": "test_drill.py::test_under_mpirun",

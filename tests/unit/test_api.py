@@ -16,7 +16,6 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 def test_the_page_lists_every_public_name_and_no_other() -> None:
     listed = re.findall(r"^\| \[`(\w+)`\]", PAGE, flags=re.MULTILINE)
     assert sorted(listed) == sorted(lockstep.__all__)
-    assert len(listed) == 10
 
 
 def test_every_public_name_is_there_with_a_docstring() -> None:

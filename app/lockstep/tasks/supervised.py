@@ -192,8 +192,8 @@ class SupervisedTask(Task):
                 learns = learns or any(parameter.requires_grad for parameter in block.parameters())
                 forward = partial(self.outputs, block.eval(), outputs)
                 outputs = call(f"{self._network_name()}, block {name}, given {_shapes(outputs)},", forward)
-            held_out = self._held_out_metrics(outputs, batch)
             metrics = self._train_metrics(outputs, batch, *self._checked_loss(outputs, batch))
+            held_out = self._held_out_metrics(outputs, batch)
         if not learns:
             raise UserCodeError(f"{self._network_name()} has no parameters to learn")
         return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes)

@@ -1,8 +1,9 @@
 """The training loop: update, metrics, checkpoint, evaluation. All ranks run it in step; rank 0 writes the run log."""
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, NoReturn
@@ -79,6 +80,7 @@ class Trainer:
         self.metrics = MetricAccumulator(cluster.device, task.num_metric_sums)
         self.progress = Progress()
         self._saved_step = -1
+        self._told_of: set[str] = set()
         of_task = task.immutable_settings(self.loader, grid.num_replicas)
         self._immutable_settings = immutable_settings(settings, of_task, grid.num_replicas)
         mark = self._resume(handover) if handover or resume else 0
@@ -224,6 +226,7 @@ class Trainer:
         mean, last = (self.task.scores(metric_sums) for metric_sums in self.metrics.reduce(self._cluster))
         if not mean:  # every update since the last line was skipped
             return
+        self._tell_of_nan(mean)
         epoch, step, samples = self.loader.epoch, self.progress.step, self.progress.num_samples
         self._run_logger.record("train", step, epoch, samples, **mean, learning_rate=learning_rate)
         if is_line:
@@ -238,9 +241,17 @@ class Trainer:
         self.writer.wait_for_copy()  # of weights, which are now exchanged with their average
         with strategy.averaged():
             evaluation = self.task.evaluate(strategy.model, forward, grid.replica, grid.num_replicas)
+        self._tell_of_nan(evaluation.scores)
         progress = self.progress
         self._run_logger.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
         return evaluation
+
+    def _tell_of_nan(self, scores: Mapping[str, float]) -> None:
+        """Say once of each score that it is not a number: it is recorded as null, and says nothing."""
+        for name in scores.keys() - self._told_of:
+            if math.isnan(scores[name]):
+                self._told_of.add(name)
+                self._run_logger.say(f"{name} is not a number after update {self.progress.step}, and recorded as null")
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import shlex
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lockstep.training.checkpoint import list_checkpoints
-from tests.launching import ENVIRONMENT, ROOT, launch, running, slowness
+from tests.launching import ROOT, kill_after_a_checkpoint, launch
 
 TRAIN = ROOT / "app" / "train.py"
 LAUNCH = f"horovodrun -np 2 python {shlex.quote(str(TRAIN))}"
@@ -22,30 +20,11 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _kill_after_a_checkpoint(command: str, run: Path, cwd: Path) -> None:
-    """SIGKILL to every rank once the first checkpoint is there: in mid-epoch, updates behind it are lost."""
-    process = psutil.Popen(shlex.split(command), cwd=cwd, env=ENVIRONMENT, stdout=-3, stderr=-3, stdin=-3)
-    deadline = time.monotonic() + 120 * slowness()
-    try:
-        while not list_checkpoints(run):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.2)
-    finally:
-        ranks = running(process, TRAIN)
-        for rank in ranks:
-            rank.kill()
-        psutil.wait_procs([*ranks, process], timeout=30 * slowness())
-        assert not process.is_running()
-    assert len(ranks) == 2
-
-
 def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) -> None:
     short = f"{QUICK} --num_epochs 4 --checkpoint.interval 20"  # 120 updates
     never = launch(f"{LAUNCH} {short} --run_dir never", cwd=tmp_path)
     assert never.returncode == 0, never.output
-    _kill_after_a_checkpoint(f"{LAUNCH} {short} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    kill_after_a_checkpoint(f"{LAUNCH} {short} --run_dir stopped", tmp_path / "stopped", tmp_path)
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
     checkpoint = list_checkpoints(tmp_path / "stopped")[-1]
     resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
