@@ -70,27 +70,10 @@ def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     assert "CERTIFIED: identical" in certified.stdout
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ("--parallel pipeline --pipeline.num_stages 3", "stages x replicas must be the number of ranks"),
-        pytest.param(
-            "--parallel zero2 --gradient.wire bf16",
-            "gradient.wire is bf16: it does not go with zero2",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            "--parallel zero3 --model.compile true",
-            "model.compile is True: it does not go with zero3",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param("--parallel zero4", "zero4", marks=pytest.mark.thorough),
-    ],
-)
-def test_what_does_not_go_together_is_told_once(settings: str, told: str, tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 2 {TRAIN} {settings}", cwd=tmp_path)
+def test_what_does_not_go_together_is_told_once(tmp_path: Path) -> None:
+    finished = launch(f"mpirun -np 2 {TRAIN} --parallel pipeline --pipeline.num_stages 3", cwd=tmp_path)
     assert finished.returncode == 2, finished.output
-    assert finished.output.count(told) == 1
+    assert finished.output.count("stages x replicas must be the number of ranks") == 1
     assert "Traceback" not in finished.output
 
 
