@@ -1,6 +1,7 @@
 """The whole build, as an ordinary user with the system's Python: several minutes, 3 GB of downloads."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -42,12 +43,13 @@ def test_the_first_command_from_a_fresh_clone_as_an_ordinary_user() -> None:
                 os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         kept = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(KEPT)]
         variables = [f"HOME={folder}/home", "PATH=/usr/local/bin:/usr/bin:/bin", f"LOCKSTEP_PYTHON={SYSTEM}"]
-        command = ["env", "-i", *kept, *variables, f"LOCKSTEP_CACHE={folder}/cache", *as_nobody, *TRAIN.split()]
+        command = ["env", "-i", *kept, *variables, f"LOCKSTEP_CACHE={folder}/cache", *as_nobody]
+        command += [*TRAIN.split(), "--num_epochs", "1"]  # how much it learns in all is test_readme.py's
         done = launch(command, timeout_seconds=3000, cwd=clone)
         assert done.returncode == 0, done.output
         assert "env/setup stopped" not in done.stderr
         assert "[6/6]" in done.stderr
-        assert "Accuracy: 0.9" in done.stdout
+        assert float(re.findall(r"^Accuracy: (\S+) on 1000", done.stdout, re.MULTILINE)[0]) > 0.5
         built_on = (clone / ".venv" / "lockstep.sh").read_text()
         assert f"lockstep_python={SYSTEM}" in built_on
         for name in ("mpi4py", "horovod"):
