@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import sysconfig
@@ -77,7 +76,7 @@ class Toolchain:
 
     def ingredients(self) -> dict[str, str]:
         return {
-            "python": f"{platform.python_version()} {sysconfig.get_config_var('SOABI')}",
+            "python": str(sysconfig.get_config_var("SOABI")),  # the same for all patch releases of a Python
             "compiler": f"{self.compiler.cxx} {dotted(self.compiler.version)}",
             "flags": " ".join(os.environ.get(name, "") for name in FLAGS).strip(),
             # The wheel's MPI is found relative to the environment, so its path does not matter; a site's does.

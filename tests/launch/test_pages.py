@@ -32,9 +32,9 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "runs/weather": "test_problems.py::test_the_pages_example_is_killed_and_goes_on_bit_for_bit",
     "runs/forecast": "test_problems.py::test_the_forecast_is_learned_and_drawn",
     "my_shapes.Shapes": "test_vision.py::test_a_data_set_and_a_network_of_ones_own",
-    "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed",
+    "-discovery-script": "test_elastic.py::test_slots_of_one_host_are_taken_away_and_given_back",
     "lockstep drill": "test_drill.py::test_under_mpirun",
-    "lockstep verify --resume": "test_resume.py::test_the_certificate_through_three_kills_and_other_numbers_of_ranks",
+    "lockstep verify --resume": "test_resume.py::test_the_certificate_through_two_kills_and_other_numbers_of_ranks",
     "lockstep benchmark throughput": "test_benchmark.py::test_throughput_leaves_a_table_json_and_a_picture",
     "lockstep benchmark scaling": "test_benchmark.py::test_scaling_starts_jobs_of_each_size",
     "np 2 lockstep benchmark comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
@@ -48,6 +48,8 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "runs/train-12": "test_slurm.py::test_a_job_on_two_nodes_trains_and_another_evaluates",  # of jobs that readers have
     "runs/sweep-17": "test_slurm.py::test_a_sweep_ends_with_one_table",
     "verify runs/elastic": "test_elastic.py::test_one_of_three_workers_is_killed_and_another_one_comes",
+    "np 4 lockstep doctor": "test_doctor.py::test_a_healthy_machine_passes",
+    "srun --mpi=pmix env/run lockstep doctor": "test_doctor_nodes.py::test_a_healthy_job_of_slurm_passes",
     "slurm/doctor.sbatch": "test_slurm.py::test_doctor_and_benchmark_start_as_training_does",
     "-H n1:2,n2:2": "test_across_nodes.py::test_two_nodes_over_ssh",
     "peers --": "test_peers.py::test_the_peers_take_turns_in_an_order_that_rotates",
@@ -60,7 +62,6 @@ THOROUGH = {  # a part of a command, and why its block is left to the thorough t
     "runs/adamw": "trains once more; the report of two runs",
     "--profile 20-24": "trains once more",
     "env/run lockstep doctor": "the doctor's tests see more of it",
-    "mpirun -np 4 lockstep doctor": "the doctor's tests see more of it",
     "--gloo -np 4": "trains once more, without MPI",
     "benchmark checks": "measures",
     "benchmark comm": "measures; two simulated nodes",
@@ -73,7 +74,7 @@ OF_A_SITE = re.compile(
     r"module load|export (LOCKSTEP_VENV|PIP_CACHE_DIR)=|LOCKSTEP_SITE_TORCH=1|env/setup|#SBATCH|env/run CMD"
 )
 
-SMALL = "--data.name synthetic --data.num_samples 480 --data.batch_size 16 --num_epochs 1"  # 30 updates
+SMALL = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"  # 4 updates
 FEW_ROUNDS = "--rounds 1 --updates 3"
 # A new shell's: that of pytest has the environment on its PATH, and would hide a command that lacks env/run.
 FRESH = {"PATH": os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != Path(sys.prefix, "bin"))}
@@ -134,7 +135,7 @@ def _shortened(line: str) -> str:
     """The same command with less work; later settings override earlier ones."""
     if "timeout --signal=USR1 20" in line:  # which ends with 124 by itself
         return line.replace("USR1 20", "USR1 12") + " || [ $? = 124 ]"
-    line = line.replace("/scratch/me", ".").replace("--gloo -np 4", "--gloo -np 2")  # four take minutes on two cores
+    line = line.replace("/scratch/me", ".").replace("-np 4 ", "-np 2 ")  # two cores
     if "app/train.py" in line and "--help" not in line:
         return f"{line} {_less_to_learn(line)}"
     if re.search("benchmark (checks|optimizer)", line):
@@ -144,8 +145,8 @@ def _shortened(line: str) -> str:
 
 def _less_to_learn(line: str) -> str:
     if "--resume" in line:
-        return "--num_epochs 8" if "-np 3" in line else ""  # of which the one before has done some
-    return SMALL
+        return "--stop.after_minutes 0.5 || [ $? = 75 ]"  # less 20 s to save in
+    return f"{SMALL} --data.num_samples 480" if "--profile" in line else SMALL
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +171,17 @@ def test_what_is_typed_in_a_shell(block: Block, clone: Path) -> None:
 
 @pytest.mark.parametrize("command", [_param(line) for b in BLOCKS for line in b.commands if line.startswith("sbatch")])
 def test_what_is_submitted(command: str, slurm: SlurmCluster, clone: Path) -> None:
-    """With half as many ranks: two cores stand for both nodes."""
-    fewer = command.removeprefix("sbatch ").replace("--ntasks-per-node=4", "--ntasks-per-node=2")
-    job = slurm.submit(f"{fewer} {SMALL} --data.num_samples 64", clone)
+    """With half as many ranks, and jobs of a sweep: two cores stand for both nodes."""
+    fewer = command.removeprefix("sbatch ").replace("node=4", "node=2").replace("array=1-4", "array=1-2")
+    job = slurm.submit(f"{fewer} {SMALL}", clone, LOCKSTEP_LAUNCHER="srun --mpi=pmix")  # which saves a trial
     assert job.wait() == 0, job.output
 
 
 @across_nodes
 @pytest.mark.parametrize("command", [_param(line) for b in BLOCKS for line in b.commands if line.startswith("srun")])
 def test_what_is_typed_within_an_allocation(command: str, slurm: SlurmCluster, clone: Path) -> None:
-    less = f"{SMALL} --data.num_samples 64" if "train.py" in command else ""
-    finished = slurm.run(f"salloc -N2 -n4 {command} {less}", clone, 120)
-    fine = (0, 8) if "lockstep doctor" in command else (0,)  # nodes that share two cores may well be found unhealthy
-    assert finished.returncode in fine, finished.output
+    finished = slurm.run(f"salloc -N2 -n4 {command} {SMALL}", clone, 120)
+    assert finished.returncode == 0, finished.output
 
 
 def _commands_of(page: Path) -> Iterator[str]:
@@ -211,7 +210,7 @@ def test_every_command_has_its_test() -> None:
         assert any(part in line for block in BLOCKS for line in block.commands), part
     first = next(_blocks(ROOT / "README.md"))
     assert first == ["env/run horovodrun -np 2 python app/train.py", "env/run pytest"]
-    for program, number in (("", 30), ("sbatch", 3), ("srun", 2)):
+    for program, number in (("", 30), ("sbatch", 3), ("srun", 1)):
         assert len([line for block in BLOCKS for line in block.commands if line.startswith(program)]) >= number
     for line in (line for page in PAGES for lines in _blocks(page) for line in lines):
         assert shlex.split(line), line

@@ -176,7 +176,6 @@ def test_one_of_three_workers_is_killed_and_another_one_comes(tmp_path: Path) ->
         ((new_host, _),) = job.workers() - survivors
         assert new_host == host
         num_updates = job.stop()
-    _assert_exact(tmp_path, num_updates)
     num_epochs = num_updates // UPDATES_PER_EPOCH + 1
     with elastic_job(tmp_path, HOSTS, f"--resume --num_epochs {num_epochs}") as job:
         job.end()
@@ -186,8 +185,8 @@ def test_one_of_three_workers_is_killed_and_another_one_comes(tmp_path: Path) ->
 
 
 @pytest.mark.thorough
-def test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed(tmp_path: Path) -> None:
-    """The literal command, without further options: a worker that is lost is started again where it was."""
+def test_slots_of_one_host_are_taken_away_and_given_back(tmp_path: Path) -> None:
+    """The literal command, without further options."""
     with elastic_job(tmp_path, ["localhost:3"], f"{SMALL} --num_epochs 1000") as job:
         job.wait_for_updates()
         first = job.workers()
@@ -200,11 +199,6 @@ def test_slots_of_one_host_are_taken_away_and_given_back_and_one_is_killed(tmp_p
         job.wait_until(lambda: job.generations == [3, 2, 3])
         job.wait_for_updates()
         assert survivors < job.workers()
-        killed = _root_of(tmp_path / "run")
-        os.kill(killed, signal.SIGKILL)
-        job.wait_until(lambda: job.generations == [3, 2, 3, 3])
-        job.wait_for_updates()
-        assert {pid for _, pid in survivors} - {killed} < {pid for _, pid in job.workers()}
         num_updates = job.stop()
     assert job.said.count("the job goes on without this worker: localhost[2]") == 1
     _assert_exact(tmp_path, num_updates)
@@ -234,15 +228,20 @@ def _over_gloo(settings: str, folder: Path) -> Finished:
     return launch(f"horovodrun --gloo -np 2 python {TRAIN} {settings}", cwd=folder)
 
 
+@pytest.fixture(scope="module")
+def one_epoch_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank."""
+    return _train_alone(tmp_path_factory.mktemp("alone"), f"{SMALL} --num_epochs 1")
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["replicated", "zero3"])
-def test_ranks_train_over_gloo_without_mpi(strategy: str, tmp_path: Path) -> None:
-    settings = f"{SMALL} --num_epochs 1"
-    finished = _over_gloo(f"{settings} --parallel {strategy} --run_dir run", tmp_path)
+def test_ranks_train_over_gloo_without_mpi(strategy: str, one_epoch_alone: Path, tmp_path: Path) -> None:
+    finished = _over_gloo(f"{SMALL} --num_epochs 1 --parallel {strategy} --run_dir run", tmp_path)
     assert finished.returncode == 0, finished.output
     assert "2 rank(s) on 1 node(s)" in finished.stdout
     _assert_exact(tmp_path, UPDATES_PER_EPOCH)
-    _assert_same_model(tmp_path / "run", _train_alone(tmp_path, settings))
+    _assert_same_model(tmp_path / "run", one_epoch_alone)
 
 
 @pytest.mark.thorough

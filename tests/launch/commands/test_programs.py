@@ -1,6 +1,7 @@
 """The programs under every launcher: the same words, the same exit codes, no hang, nothing left behind."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -18,8 +19,6 @@ LAUNCHERS = {
 TRAIN = ROOT / "app" / "train.py"
 QUICK = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
 
-every_launcher = pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS.keys())
-
 
 def _train(launcher: str, arguments: str, cwd: Path, **environment: str) -> Finished:
     return launch(f"{launcher} {shlex.quote(str(TRAIN))} {arguments}", cwd=cwd, environment=environment)
@@ -29,9 +28,10 @@ def _complaints(finished: Finished) -> list[str]:
     return [line for line in finished.output.splitlines() if "lockstep: " in line]
 
 
-@every_launcher
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
-    finished = _train(launcher, f"{QUICK} --run_dir run", tmp_path)
+    """And every rank has CPUs of its own, whatever the launcher did."""
+    finished = _train(LAUNCHERS[launcher], f"{QUICK} --run_dir run", tmp_path)
     assert finished.returncode == 0, finished.output
     assert _complaints(finished) == []
     names = {re.sub(r"tfevents\..*", "tfevents", path.name) for path in (tmp_path / "run").iterdir()}
@@ -51,25 +51,28 @@ def test_a_run_leaves_a_whole_folder(launcher: str, tmp_path: Path) -> None:
     assert [rank["rank"] for rank in environment["ranks"]] == list(range(num_ranks))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_ranks"] == num_ranks
     assert finished.stdout.count("Epoch: 0, Batch: 0, Loss: ") == 1
+    if num_ranks == 2 and len(os.sched_getaffinity(0)) >= 2:
+        assert "CPUs by local rank: " in finished.stdout
+        assert "warning" not in finished.stdout
+        first, second = environment["ranks"]
+        assert not set(first["cpus"]) & set(second["cpus"])
 
 
-@every_launcher
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("launcher", "arguments", "code", "message"),
     [
-        ("--nonsense 1", 2, "unrecognized arguments: --nonsense 1"),
+        *((launcher, "--nonsense 1", 2, "unrecognized arguments: --nonsense 1") for launcher in LAUNCHERS),
+        pytest.param("mpirun", "--run_dir /dev/null/run", 5, "must be yours to write", marks=pytest.mark.thorough),
         pytest.param(
-            "--data.batch_size 0", 2, "data.batch_size is 0: it must be at least 1", marks=pytest.mark.thorough
+            *("horovodrun", "--data.name mnist --data.root nowhere", 3, "--data.name digits"),
+            marks=pytest.mark.thorough,
         ),
-        pytest.param("--run_dir /dev/null/run", 5, "must be yours to write", marks=pytest.mark.thorough),
-        pytest.param("--data.name mnist --data.root nowhere", 3, "--data.name digits", marks=pytest.mark.thorough),
     ],
-    ids=["unknown", "wrong", "storage", "data"],
 )
 def test_a_mistake_is_told_once_with_its_exit_code(
     launcher: str, arguments: str, code: int, message: str, tmp_path: Path
 ) -> None:
-    finished = _train(launcher, arguments, tmp_path)
+    finished = _train(LAUNCHERS[launcher], arguments, tmp_path)
     assert finished.returncode == code, finished.output
     (complaint,) = _complaints(finished)
     assert message in complaint
@@ -77,14 +80,14 @@ def test_a_mistake_is_told_once_with_its_exit_code(
 
 
 @pytest.mark.thorough
-@every_launcher
-def test_help_and_print_config_are_said_once(launcher: str, tmp_path: Path) -> None:
-    finished = _train(launcher, "--print_config", tmp_path)
+@pytest.mark.parametrize(
+    ("launcher", "option", "told"),
+    [("mpirun", "--print_config", "warmup_steps: "), ("horovodrun", "--help", "usage: ")],
+)
+def test_help_and_print_config_are_said_once(launcher: str, option: str, told: str, tmp_path: Path) -> None:
+    finished = _train(LAUNCHERS[launcher], option, tmp_path)
     assert finished.returncode == 0, finished.output
-    assert finished.stdout.count("warmup_steps: ") == 1
-    finished = _train(launcher, "--help", tmp_path)
-    assert finished.returncode == 0, finished.output
-    assert finished.stdout.count("usage: ") == 1
+    assert finished.stdout.count(told) == 1
 
 
 def test_the_merged_model_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
@@ -192,13 +195,29 @@ def test_threads_that_one_rank_has_set_do_not_hold_up_the_others(tmp_path: Path)
     assert launch(command, timeout_seconds=60, cwd=tmp_path).returncode == 0
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned to classify."""
+    folder = tmp_path_factory.mktemp("classifier")
+    finished = _train("python", f"{QUICK} --run_dir run", folder)
+    assert finished.returncode == 0, finished.output
+    return folder / "run"
+
+
 @pytest.mark.thorough
-def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(tmp_path: Path) -> None:
-    assert _train("python", f"{QUICK} --run_dir run", tmp_path).returncode == 0
-    (tmp_path / "run" / "mistakes.png").mkdir()
-    evaluated = launch("lockstep evaluate run", cwd=tmp_path)
+def test_a_picture_that_cannot_be_written_does_not_cost_the_accuracy(classifier: Path) -> None:
+    (classifier / "mistakes.png").unlink(missing_ok=True)
+    (classifier / "mistakes.png").mkdir()
+    evaluated = launch(["lockstep", "evaluate", str(classifier)])
     assert evaluated.returncode == 5
     assert "Accuracy: " in evaluated.stdout
+
+
+@pytest.mark.thorough
+def test_a_run_of_one_task_is_not_evaluated_as_another(classifier: Path) -> None:
+    finished = launch(["lockstep", "evaluate", str(classifier), "--episodes", "3"])
+    assert finished.returncode == 2
+    assert "has learned to classify" in finished.output
 
 
 @pytest.mark.thorough

@@ -64,9 +64,8 @@ TRAIN = shlex.quote(str(ROOT / "app" / "train.py"))
 @pytest.mark.parametrize(
     "program",
     [
-        pytest.param(f"python {TRAIN}", id="python", marks=pytest.mark.thorough),
         pytest.param(f"mpirun -np 2 python {TRAIN}", id="mpirun"),
-        pytest.param("mpirun -np 2 lockstep train", id="lockstep", marks=pytest.mark.thorough),
+        pytest.param("lockstep train", id="lockstep", marks=pytest.mark.thorough),
         pytest.param("python -m lockstep train", id="-m", marks=pytest.mark.thorough),
     ],
 )

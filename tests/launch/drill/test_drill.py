@@ -39,8 +39,8 @@ def test_under_mpirun(tmp_path: Path) -> None:
 def test_under_srun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     faults = "sigkill"
     launcher = "srun --mpi=pmix --kill-on-bad-exit=1 -n {ranks}"
-    drill = f"{DRILL} --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
-    finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} salloc -N2 -n4 {drill}", tmp_path, 500)
+    drill = f"{DRILL} --ranks 2 --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
+    finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} salloc -N2 -n2 {drill}", tmp_path, 500)
     _passed(finished, tmp_path / "drill", faults)
 
 
@@ -48,8 +48,8 @@ def test_under_srun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
 @across_nodes
 def test_under_horovodrun_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     faults = "cut_link"
-    launcher = "horovodrun -np {ranks} -H n1:2,n2:2"
-    drill = f"{DRILL} --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
+    launcher = "horovodrun -np {ranks} -H n1:1,n2:1"
+    drill = f"{DRILL} --ranks 2 --launcher '{launcher}' --faults {faults} --folder {tmp_path}/drill"
     finished = slurm.run(f"{ACTIVATE} && {ACROSS_NODES} {drill}", tmp_path, 500)
     _passed(finished, tmp_path / "drill", faults)
 

@@ -1,7 +1,6 @@
 """A model in parts, with real launchers: stopped and gone on under other strategies and numbers of ranks, merged."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -20,11 +19,12 @@ PYTHON_IN = f"python {shlex.quote(str(ROOT / 'app'))}"
 TRAIN = f"python {shlex.quote(str(ROOT / 'app' / 'train.py'))}"
 EXACT = (
     "--precision float64 --model.dropout1 0 --model.dropout2 0 --optimizer.name adam --optimizer.learning_rate 1e-3 "
-    "--optimizer.weight_decay 1e-3 --gradient.clip_norm 1 --gradient.num_micro_batches 3 --checkpoint.interval 20 "
-    "--checks.ledger true --data.batch_size 50"  # 80 updates an epoch
+    "--optimizer.weight_decay 1e-3 --gradient.clip_norm 1 --gradient.num_micro_batches 3 --checkpoint.interval 10 "
+    "--checks.ledger true --data.name synthetic --data.num_samples 500 --data.batch_size 25"  # 20 updates an epoch
 )
+QUICK = "--data.name synthetic --data.num_samples 480 --data.batch_size 16"  # 30 updates an epoch
 STOPS = (  # each goes on where the one before has ended
-    "mpirun -np 4 {train} --parallel zero3 --num_epochs 1 --optimizer.schedule constant",
+    "mpirun -np 3 {train} --parallel zero3 --num_epochs 1 --optimizer.schedule constant",
     "horovodrun -np 2 {train} --parallel replicated --num_epochs 2 --resume",
     "mpirun -np 3 {train} --parallel pipeline --num_epochs 3 --resume",
 )
@@ -32,12 +32,12 @@ STOPS = (  # each goes on where the one before has ended
 
 @pytest.mark.thorough
 def test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline(tmp_path: Path) -> None:
-    """4 ranks, 2 ranks, 3 ranks; equal within rounding to a run on one rank that never stopped, and as accurate."""
+    """3 ranks, 2 ranks, 3 ranks; equal within rounding to a run on one rank that never stopped, and as accurate."""
     for index, stop in enumerate(STOPS):
         command = f"{stop.format(train=TRAIN)} {'' if '--resume' in stop else EXACT} --run_dir run"
         finished = launch(command, timeout_seconds=200, cwd=tmp_path)
         assert finished.returncode == 0, finished.output
-        assert index == 0 or f"Goes on after update {80 * index}" in finished.stdout
+        assert index == 0 or f"Goes on after update {20 * index}" in finished.stdout
     never = launch(
         f"{TRAIN} {EXACT} --optimizer.schedule constant --num_epochs 3 --run_dir never",
         timeout_seconds=200,
@@ -50,52 +50,30 @@ def test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline(tmp
         torch.testing.assert_close(states[0][name], tensor, rtol=1e-9, atol=1e-11, msg=name)
     verified = launch(f"{PYTHON_IN}/verify.py run", cwd=tmp_path)
     assert verified.returncode == 0, verified.output
-    assert verified.stdout.count("4000 of 4000 samples, each exactly once") == 3
+    assert verified.stdout.count("500 of 500 samples, each exactly once") == 3
 
     in_run = (tmp_path / "run" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "model.safetensors").unlink()
     merged = launch(f"{PYTHON_IN}/merge.py run", cwd=tmp_path)
     assert merged.returncode == 0, merged.output
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == in_run
-    told = [_accuracy(launch(f"{PYTHON_IN}/evaluate.py {run}", cwd=tmp_path).stdout) for run in ("run", "never")]
+    told = [json.loads((tmp_path / run / "summary.json").read_text())["accuracy"] for run in ("run", "never")]
     assert told[0] == told[1]
-
-
-def _accuracy(output: str) -> str:
-    (line,) = re.findall(r"^Accuracy: .*", output, flags=re.MULTILINE)
-    return str(line)
 
 
 @pytest.mark.thorough
 def test_zero3_is_killed_and_goes_on_bit_for_bit() -> None:
     certified = launch(
-        "lockstep verify --resume --ranks 2,2 -- --parallel zero3 --num_epochs 1", timeout_seconds=250, cwd=ROOT
+        f"lockstep verify --resume --ranks 2,2 -- --parallel zero3 {QUICK}", timeout_seconds=250, cwd=ROOT
     )
     assert certified.returncode == 0, certified.output
     assert "CERTIFIED: identical" in certified.stdout
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ("--parallel pipeline --pipeline.num_stages 3", "stages x replicas must be the number of ranks"),
-        pytest.param(
-            "--parallel zero2 --gradient.wire bf16",
-            "gradient.wire is bf16: it does not go with zero2",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            "--parallel zero3 --model.compile true",
-            "model.compile is True: it does not go with zero3",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param("--parallel zero4", "zero4", marks=pytest.mark.thorough),
-    ],
-)
-def test_what_does_not_go_together_is_told_once(settings: str, told: str, tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 2 {TRAIN} {settings}", cwd=tmp_path)
+def test_what_does_not_go_together_is_told_once(tmp_path: Path) -> None:
+    finished = launch(f"mpirun -np 2 {TRAIN} --parallel pipeline --pipeline.num_stages 3", cwd=tmp_path)
     assert finished.returncode == 2, finished.output
-    assert finished.output.count(told) == 1
+    assert finished.output.count("stages x replicas must be the number of ranks") == 1
     assert "Traceback" not in finished.output
 
 

@@ -1,4 +1,4 @@
-"""Settings for speed: the run still learns, and prints its CPUs."""
+"""Settings for speed: the run still learns; ranks that share a CPU are told."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,11 @@ from safetensors.torch import load_file
 
 from tests.launching import launch
 
-ONE_EPOCH = "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.schedule constant"
+# 60 updates, after which all held-out images are known; guessing gives 0.10.
+SOON = (
+    "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.schedule constant --optimizer.learning_rate 0.01 "
+    "--data.name synthetic --data.num_samples 960 --data.batch_size 16"
+)
 
 
 @pytest.mark.thorough
@@ -17,34 +21,27 @@ ONE_EPOCH = "app/train.py --num_epochs 1 --checkpoint.interval 0 --optimizer.sch
     "settings",
     [
         "--precision bf16",
-        "--gradient.wire bf16",
-        "--gradient.wire fp16 --gradient.bucket_mib 0.05",
+        "--gradient.wire bf16 --model.channels_last false",
+        "--gradient.wire fp16 --gradient.bucket_mib 0.05 --gradient.num_micro_batches 3",
         "--gradient.reduction adasum",
-        "--gradient.num_micro_batches 3 --model.channels_last false",
     ],
 )
 def test_a_run_still_learns(settings: str, tmp_path: Path) -> None:
-    """0.80 after one epoch over 4,000 digits, where 0.90 is usual and guessing gives 0.10."""
-    finished = launch(f"mpirun -np 2 python {ONE_EPOCH} {settings} --run_dir {tmp_path}/run")
+    finished = launch(f"mpirun -np 2 python {SOON} {settings} --run_dir {tmp_path}/run")
     assert finished.returncode == 0, finished.output
-    assert json.loads((tmp_path / "run/summary.json").read_text())["accuracy"] > 0.8
+    accuracy = json.loads((tmp_path / "run/summary.json").read_text())["accuracy"]
+    assert accuracy > 0.9
     weights = load_file(tmp_path / "run/model.safetensors").values()
     assert {tensor.dtype for tensor in weights} == {torch.float32}
-
-
-@pytest.mark.thorough
-def test_a_bf16_run_scores_the_same_when_loaded_alone(tmp_path: Path) -> None:
-    trained = launch(f"python {ONE_EPOCH} --precision bf16 --run_dir {tmp_path}/run")
-    evaluated = launch(f"lockstep evaluate {tmp_path}/run")
-    line = f"Accuracy: {json.loads((tmp_path / 'run/summary.json').read_text())['accuracy']:.4f}"
-    assert line in trained.stdout
-    assert line in evaluated.stdout
+    if settings == "--precision bf16":
+        evaluated = launch(f"lockstep evaluate {tmp_path}/run")
+        assert f"Accuracy: {accuracy:.4f}" in evaluated.stdout, evaluated.output
 
 
 @pytest.mark.thorough
 def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: Path) -> None:
-    """Twenty updates in float64, without dropout, since compiled models draw other random numbers."""
-    quick = "--data.name synthetic --data.num_samples 160 --data.batch_size 16 --num_epochs 2 --evaluate_every 0"
+    """Ten updates in float64, without dropout, since compiled models draw other random numbers."""
+    quick = "--data.name synthetic --data.num_samples 160 --data.batch_size 16 --num_epochs 1 --evaluate_every 0"
     exact = "--precision float64 --model.dropout1 0 --model.dropout2 0 --checkpoint.interval 0"
     for name in ("true", "false"):
         finished = launch(
@@ -58,17 +55,6 @@ def test_a_compiled_model_trains_to_the_same_weights_within_rounding(tmp_path: P
 
 
 @pytest.mark.thorough
-def test_every_rank_has_cpus_of_its_own_whatever_the_launcher_did(tmp_path: Path) -> None:
-    quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
-    finished = launch(f"horovodrun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")
-    assert finished.returncode == 0, finished.output
-    assert "CPUs by local rank: " in finished.stdout
-    assert "warning" not in finished.stdout
-    first, second = json.loads((tmp_path / "run/environment.json").read_text())["ranks"]
-    assert not set(first["cpus"]) & set(second["cpus"])
-
-
-@pytest.mark.thorough
 def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --num_epochs 1"
     finished = launch(f"taskset -c 1 mpirun -np 2 python app/train.py {quick} --run_dir {tmp_path}/run")
@@ -78,6 +64,6 @@ def test_ranks_that_share_a_cpu_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_adasum_on_three_ranks_is_refused(tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 3 python {ONE_EPOCH} --gradient.reduction adasum --run_dir {tmp_path}/run")
+    finished = launch(f"mpirun -np 3 python {SOON} --gradient.reduction adasum --run_dir {tmp_path}/run")
     assert finished.returncode == 2, finished.output
     assert "adasum on 3 ranks: it needs 1, 2, 4, 8" in finished.stderr

@@ -90,7 +90,7 @@ def _commands(attack: dict[str, Path]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("way", ["train --config", *_thorough("train --resume", "evaluate", "export")])
+@pytest.mark.parametrize("way", ["train --config", *_thorough("train --resume", "evaluate")])
 def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], way: str) -> None:
     finished = _as_victim(_commands(attack)[way], place)
     assert not attack["mark"].exists(), finished.output
@@ -101,9 +101,7 @@ def test_a_strangers_settings_run_nothing(place: Path, attack: dict[str, Path], 
     assert "Traceback" not in finished.output
 
 
-@pytest.mark.parametrize(
-    "program", ["train.py --resume", *_thorough("evaluate.py runs/latest", "export.py runs/latest")]
-)
+@pytest.mark.parametrize("program", ["train.py --resume", *_thorough("export.py runs/latest")])
 def test_a_planted_link_is_not_followed(place: Path, attack: dict[str, Path], program: str) -> None:
     _plant_latest(place, attack["run"])
     name, _, rest = program.partition(" ")
@@ -125,7 +123,7 @@ def test_settings_that_everybody_may_write_are_refused(place: Path, attack: dict
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("way", ["train --config", "evaluate", "export"])
+@pytest.mark.parametrize("way", ["train --config", "export"])
 def test_trusted_settings_run_and_what_is_no_data_set_is_told(place: Path, attack: dict[str, Path], way: str) -> None:
     finished = _as_victim(f"{_commands(attack)[way]} --trust true", place)
     assert attack["mark"].read_text().strip() == str(_victim()[0]), finished.output
@@ -156,10 +154,6 @@ def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path
         pytest.param(
             "--data.name os.system", DATA, "data.name is os.system: it must give a data set", marks=pytest.mark.thorough
         ),
-        pytest.param("--data.name builtins.print", DATA, "it gave NoneType None", marks=pytest.mark.thorough),
-        pytest.param(
-            "--model.name builtins.list", SETTINGS, "model.name is builtins.list: ", marks=pytest.mark.thorough
-        ),
         pytest.param(
             "--model.name collections.Counter",
             SETTINGS,
@@ -167,12 +161,6 @@ def test_a_strangers_settings_and_run_without_names_of_code_are_fine(place: Path
             marks=pytest.mark.thorough,
         ),
         ("--model.name builtins.print", SETTINGS, "it must give torch's Module, and gave NoneType None"),
-        pytest.param(
-            "--task ppo --model.name builtins.print",
-            SETTINGS,
-            "it must give torch's Module, and gave NoneType None",
-            marks=pytest.mark.thorough,
-        ),
         pytest.param(
             "--task ppo --model.name mlp --env.id builtins.dict",
             SETTINGS,

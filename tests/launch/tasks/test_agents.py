@@ -56,8 +56,8 @@ def test_an_environment_and_a_policy_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
-        ("pong", "--ppo.total_steps 256 --ppo.num_steps 16"),
-        ("racetrack", "--ppo.total_steps 256 --ppo.num_steps 16 " + BRIEF),
+        ("pong", """--ppo.total_steps 256 --ppo.num_steps 16 --env.options '{"max_num_frames_per_episode": 400}'"""),
+        ("racetrack", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF),
         ("highway", "--ppo.total_steps 128 --ppo.num_steps 8 " + BRIEF),
     ],
 )
@@ -73,24 +73,9 @@ def test_every_preset_runs_and_can_be_seen(preset: str, settings: str, tmp_path:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("--env.id Nowhere-v0 --model.name mlp", "env.id is Nowhere-v0: it cannot be made"),
-        ("--env.id CartPole-v1 --model.name nature_cnn", "it takes images, and observations are (4,): use mlp"),
-    ],
-)
-def test_what_does_not_fit_is_told_once(settings: str, message: str, tmp_path: Path) -> None:
-    finished = launch(f"mpirun -np 2 python app/train.py --task ppo {settings} --run_dir {tmp_path}/run")
+def test_what_does_not_fit_is_told_once(tmp_path: Path) -> None:
+    settings = f"--task ppo --env.id CartPole-v1 --model.name nature_cnn --run_dir {tmp_path}/run"
+    finished = launch(f"mpirun -np 2 python app/train.py {settings}")
     assert finished.returncode == 2, finished.output
-    assert finished.output.count(message) == 1, finished.output
+    assert finished.output.count("it takes images, and observations are (4,): use mlp") == 1, finished.output
     assert "Traceback" not in finished.output
-
-
-@pytest.mark.thorough
-def test_a_run_of_one_task_is_not_evaluated_as_another(tmp_path: Path) -> None:
-    quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --num_epochs 1"
-    assert launch(f"python app/train.py {quick} --run_dir {tmp_path}/run").returncode == 0
-    finished = launch(f"lockstep evaluate {tmp_path}/run --episodes 3")
-    assert finished.returncode == 2
-    assert "has learned to classify" in finished.output

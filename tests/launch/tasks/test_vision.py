@@ -76,6 +76,6 @@ def test_a_data_set_and_a_network_of_ones_own(tmp_path: Path) -> None:
     )
     assert trained.returncode == 0, trained.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] >= 0.95
-    evaluated = launch("mpirun -np 2 lockstep evaluate run", cwd=tmp_path)
+    evaluated = launch("lockstep evaluate run", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.output
     assert "standing" in evaluated.stdout

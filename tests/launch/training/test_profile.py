@@ -116,8 +116,8 @@ def test_agents_are_profiled_update_by_update(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_a_run_that_is_stopped_keeps_what_was_recorded_and_is_not_profiled_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopping = ["--num_epochs", "100000", "--stop.after_minutes", f"{0.25 * slowness()}", "--stop.margin_seconds", "1"]
-    stopping += ["--profile", "9-999999"]
+    stopping = ["--num_epochs", "100000", "--stop.after_minutes", f"{0.2 * slowness()}", "--stop.margin_seconds", "1"]
+    stopping += ["--profile", "9-999999", "--data.batch_size", "640", "--evaluate_every", "0"]  # few: a small trace
     finished = launch(["python", TRAIN, *COMMON, *stopping, "--run_dir", str(run)], timeout_seconds=120)
     assert finished.returncode == 75, finished.output
     table = _table(run)

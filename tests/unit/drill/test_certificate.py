@@ -1,12 +1,21 @@
 """What is certified must have been compared, and must be numbers."""
 
+import argparse
+
 import pytest
 import torch
 
-from lockstep.drill.certificate import _check_finite, _compare_tensors
+from lockstep.drill.certificate import _check_finite, _compare_tensors, _numbers_of_ranks
 from lockstep.runtime.errors import LockstepError, NonFiniteError
 
 STATE = {"model/weight": torch.ones(3), "optimizer/step": torch.tensor(4)}
+
+
+@pytest.mark.parametrize("text", ["1", "2,0", "two"])
+def test_numbers_of_ranks_without_a_kill_are_refused(text: str) -> None:
+    assert _numbers_of_ranks("2,3") == [2, 3]
+    with pytest.raises(argparse.ArgumentTypeError, match="is not two or more numbers of ranks"):
+        _numbers_of_ranks(text)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
