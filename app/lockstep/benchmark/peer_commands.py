@@ -69,9 +69,9 @@ def peers(
     as_written = cpu | dict.fromkeys(_lockstep_only(environment, oversubscribed=num_ranks > num_cores))
     pinned = as_written | {"OMPI_MCA_mpi_yield_when_idle": "1"}
     first = pinned | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}  # one process on the cores of rank 0
-    ddp = f"torchrun --standalone --nproc-per-node {num_ranks} -m lockstep.benchmark.peers.ddp"
-    horovod = f"{launcher} python -m lockstep.benchmark.peers.horovod_example"
-    plain = "python -m lockstep.benchmark.peers.plain"
+    ddp = f"torchrun --standalone --nproc-per-node {num_ranks} -m lockstep.benchmark.peers.data_parallel ddp"
+    horovod = f"{launcher} python -m lockstep.benchmark.peers.data_parallel horovod"
+    plain = "python -m lockstep.benchmark.peers.data_parallel plain"
     one_thread = cpu | {"OMP_NUM_THREADS": "1"}  # like the peers; a single rank of Lockstep would use all cores
     commands = [
         *(_peer(name, command.format(launcher=launcher), one_thread) for name, command in LOCKSTEP_COMMANDS.items()),

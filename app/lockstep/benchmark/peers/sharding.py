@@ -11,15 +11,14 @@ from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lockstep.benchmark.peers.common import Digits, measure, peer_parser, set_threads
+from lockstep.benchmark.peers.common import Digits, measure, peer_parser, set_threads, update_of
 from lockstep.models.networks import vit_blocks
 
 BATCH_SIZE_PER_RANK = 8
@@ -48,13 +47,7 @@ def main() -> None:
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=LEARNING_RATE)
         model = DistributedDataParallel(model)
 
-    def update(images: Tensor, labels: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = F.nll_loss(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    update = update_of(model, optimizer)
     measure(update, loader, arguments, dist.barrier, dist.get_rank(), dist.get_world_size(), BATCH_SIZE_PER_RANK)
     dist.destroy_process_group()
 
