@@ -14,14 +14,13 @@ from tests.launching import ROOT
 PACKAGE = ROOT / "app" / "lockstep"
 KNOWN_BY = {  # rooms or files
     "horovod": (
+        "comm/backend.py",
         "comm/cluster.py",
         "comm/collectives.py",
         "comm/elastic.py",
-        "comm/gloo_backend.py",
         "comm/horovod_library.py",
-        "comm/mpi_backend.py",
         "benchmark/horovod_optimizer.py",
-        "benchmark/peers/horovod_example.py",
+        "benchmark/peers/data_parallel.py",
     ),
     "mpi4py": ("comm/mpi_library.py",),
 }

@@ -22,7 +22,16 @@ from lockstep.benchmark.communication import (
     measure_copy,
     measure_wires,
 )
-from lockstep.benchmark.report import new_folder, print_table, save, spread
+from lockstep.benchmark.report import (
+    new_folder,
+    plot_communication,
+    plot_peers,
+    plot_sharding,
+    plot_throughput,
+    print_table,
+    save,
+    spread,
+)
 from lockstep.benchmark.sharding import STRATEGIES, StrategyResult, measure_pipeline, measure_strategy, proof_settings
 from lockstep.benchmark.throughput import Throughput, measure_throughput
 from lockstep.comm.cluster import Cluster
@@ -99,8 +108,6 @@ def _throughput(
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
-        from lockstep.benchmark.figures import plot_throughput
-
         rows = [("the run as launched", spread(found.run, 0), "")]
         if options.limit:
             rows += [
@@ -155,8 +162,6 @@ def _comm(
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
-        from lockstep.benchmark.figures import plot_communication
-
         rows = [
             (
                 f"{size:,} B",
@@ -212,8 +217,6 @@ def _sharding(
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
-        from lockstep.benchmark.figures import plot_sharding
-
         rows = [
             (
                 how,
@@ -272,8 +275,6 @@ def _pipeline(
     }
 
     def present(folder: Path, result: dict[str, Any]) -> None:
-        from lockstep.benchmark.figures import plot_peers
-
         stages = ", ".join(f"{one:.2f}" for one in found.stage_milliseconds)
         what = f"{num_stages} stages x {num_micro_batches} micro-batches, {settings.pipeline.schedule}"
         title = f"{what}; ms per stage: {stages}"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.benchmark.figures import plot_peers, plot_scaling
 from lockstep.benchmark.peer_commands import (
     ALONE,
     ALONE_PINNED,
@@ -25,7 +24,7 @@ from lockstep.benchmark.peer_commands import (
     run_peer,
     sharding_peers,
 )
-from lockstep.benchmark.report import new_folder, print_table, save
+from lockstep.benchmark.report import new_folder, plot_peers, plot_scaling, print_table, save
 from lockstep.runtime.affinity import allowed_cpus, num_cores, read_topology
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import SettingsError

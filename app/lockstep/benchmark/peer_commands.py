@@ -22,15 +22,15 @@ import psutil
 LOCKSTEP, BF16, ONE_RANK = "Lockstep", "Lockstep, bf16", "Lockstep, one rank"
 ALONE, ALONE_PINNED = "plain PyTorch, one process", "plain PyTorch, one process, pinned"
 THROUGHPUT = "lockstep benchmark throughput --json true --rounds 1 --limit false --data.batch_size_per_rank 32"
-VIT = (  # 49.7 million parameters, as in peers/sharding.py
+VIT = (  # 49.7 million parameters, as in peers/data_parallel.py
     "--model.name vit --model.vit.width 768 --model.vit.depth 7 --model.vit.num_heads 12 --optimizer.name adam "
     "--optimizer.weight_decay 0 --data.batch_size_per_rank 8 --updates 10"
 )
 HOW = ("", ", pinned")
 ZERO = {
-    "PyTorch ZeroRedundancyOptimizer": ("zero1", "sharding zero_redundancy"),
-    "PyTorch FSDP2, parameters kept": ("zero2", "sharding fsdp2 --keep"),
-    "PyTorch FSDP2": ("zero3", "sharding fsdp2"),
+    "PyTorch ZeroRedundancyOptimizer": ("zero1", "zero_redundancy"),
+    "PyTorch FSDP2, parameters kept": ("zero2", "fsdp2 --keep"),
+    "PyTorch FSDP2": ("zero3", "fsdp2"),
 }
 LOCKSTEP_COMMANDS = {
     LOCKSTEP: f"{{launcher}} {THROUGHPUT}",
@@ -69,9 +69,9 @@ def peers(
     as_written = cpu | dict.fromkeys(_lockstep_only(environment, oversubscribed=num_ranks > num_cores))
     pinned = as_written | {"OMPI_MCA_mpi_yield_when_idle": "1"}
     first = pinned | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(num_ranks)}  # one process on the cores of rank 0
-    ddp = f"torchrun --standalone --nproc-per-node {num_ranks} -m lockstep.benchmark.peers.ddp"
-    horovod = f"{launcher} python -m lockstep.benchmark.peers.horovod_example"
-    plain = "python -m lockstep.benchmark.peers.plain"
+    ddp = f"torchrun --standalone --nproc-per-node {num_ranks} -m lockstep.benchmark.peers.data_parallel ddp"
+    horovod = f"{launcher} python -m lockstep.benchmark.peers.data_parallel horovod"
+    plain = "python -m lockstep.benchmark.peers.data_parallel plain"
     one_thread = cpu | {"OMP_NUM_THREADS": "1"}  # like the peers; a single rank of Lockstep would use all cores
     commands = [
         *(_peer(name, command.format(launcher=launcher), one_thread) for name, command in LOCKSTEP_COMMANDS.items()),
@@ -94,9 +94,9 @@ def sharding_peers(
     cpu: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     as_written = cpu | dict.fromkeys(_lockstep_only(environment, oversubscribed=num_ranks > num_cores))
     commands = []
-    for name, (parallel, script) in ZERO.items():
+    for name, (parallel, kind) in ZERO.items():
         torchrun = f"torchrun --standalone --nproc-per-node {num_ranks}"
-        command = f"{torchrun} -m lockstep.benchmark.peers.{script} --updates 10 --warmup 3"
+        command = f"{torchrun} -m lockstep.benchmark.peers.data_parallel {kind} --updates 10 --warmup 3"
         lockstep = f"{launcher} {THROUGHPUT.replace('--data.batch_size_per_rank 32', VIT)} --parallel {parallel}"
         commands += [
             _peer(f"Lockstep {parallel}", lockstep, cpu),

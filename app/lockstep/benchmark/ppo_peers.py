@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lockstep.benchmark.peer_commands import Peer, PeerError, run_peer
-from lockstep.benchmark.report import new_folder, print_table, save, spread
+from lockstep.benchmark.report import new_folder, plot_peers, print_table, save, spread
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError
 
@@ -58,8 +58,6 @@ def main(arguments: Sequence[str]) -> None:
         LockstepError: a training failed.
         StorageError: the results cannot be written.
     """
-    from lockstep.benchmark.figures import plot_peers
-
     options = _parse_args(arguments)
     folder = new_folder(options.out)
     variants = {LOCKSTEP: ("", ""), **_peer_variants(options.env, options.stable_baselines3)}

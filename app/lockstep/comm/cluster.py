@@ -16,11 +16,10 @@ from lockstep.comm.mpi_library import MPI, mpi_version  # isort: skip  before Ho
 import horovod.torch as hvd
 import torch
 
+from lockstep.comm.backend import GlooBackend, MpiBackend
 from lockstep.comm.collectives import Collectives
-from lockstep.comm.gloo_backend import GlooBackend
 from lockstep.comm.horovod_library import start_horovod
 from lockstep.comm.messages import Messages
-from lockstep.comm.mpi_backend import MpiBackend
 from lockstep.comm.rendezvous import is_elastic, rank_from_environment, wait_for_workers
 from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 from lockstep.runtime.devices import bind_to_cores, check_gpus, choose_device, gpu_name

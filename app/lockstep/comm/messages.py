@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.comm import backend
+from lockstep.comm.backend import pieces_of
 from lockstep.comm.mpi_library import MPI
 from lockstep.runtime.flight_recorder import FlightRecorder
 
@@ -84,9 +84,3 @@ def mpi_reads_gpu_memory() -> bool:
     """Whether MPI can send from and receive into the memory of GPUs."""
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)  # of Open MPI, MPICH, MVAPICH
     return bool(query and query())
-
-
-def pieces_of(tensor: Tensor) -> list[Any]:
-    """The bytes of `tensor` as one or more buffers that MPI can send or fill."""
-    pieces = tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(backend.MAX_PER_CALL)
-    return [piece.numpy() if piece.device.type == "cpu" else piece for piece in pieces]  # mpi4py takes a GPU's tensors

@@ -19,9 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from lockstep.doctor.diagnosis import diagnose, is_healthy
 from lockstep.doctor.facts import Facts
-from lockstep.doctor.report import as_json, as_text, launch_line
+from lockstep.doctor.report import as_json, as_text, diagnose, is_healthy, launch_line
 from lockstep.doctor.supervisor import GIVE_UP_AT, LOCAL_FACTS_UNTIL, collect_facts
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import ExitCode, StorageError, run_alone

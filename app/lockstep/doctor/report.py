@@ -1,18 +1,51 @@
-"""What the doctor prints: its findings as text or JSON, and the line that starts a training well here."""
+"""What the doctor reports: all findings, as text or JSON, and the line that starts a training well here."""
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lockstep import __version__
+from lockstep.doctor import job_checks, node_checks, software_checks
 from lockstep.doctor.facts import Facts, Slurm, Unknown
 from lockstep.doctor.findings import Finding, Status, count
 from lockstep.doctor.node_checks import UNBOUND, visible_gpus
 from lockstep.runtime.affinity import num_cores
 from lockstep.runtime.hints import in_environment, train_program
 from lockstep.runtime.launcher import srun_mpi_option
+
+CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (  # in the order in which they are reported
+    software_checks.check_launcher,
+    job_checks.check_ranks,
+    software_checks.check_mpi,
+    software_checks.check_horovod,
+    software_checks.check_nccl,
+    software_checks.check_environment,
+    software_checks.check_variables,
+    node_checks.check_binding,
+    node_checks.check_threads,
+    node_checks.check_gpus,
+    job_checks.check_speeds,
+    node_checks.check_memory,
+    node_checks.check_shared_memory,
+    node_checks.check_limits,
+    node_checks.check_names,
+    node_checks.check_folder,
+    job_checks.check_views,
+    job_checks.check_clocks,
+    job_checks.check_links,
+    job_checks.check_slurm,
+)
+
+
+def diagnose(facts: Facts) -> list[Finding]:
+    """Run all checks. Pure: the same facts give the same findings."""
+    return [finding for check in CHECKS for finding in check(facts)]
+
+
+def is_healthy(findings: list[Finding]) -> bool:
+    return all(finding.status is not Status.FAULT for finding in findings)
 
 
 def as_text(facts: Facts, findings: Sequence[Finding], line: str, seconds: float) -> str:

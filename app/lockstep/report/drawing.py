@@ -3,20 +3,12 @@
 import io
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # no display is needed; must come before pyplot is imported
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
 from lockstep.report.records import Record, data_uri
 from lockstep.training.summary import GROUPS, OTHER
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FIRST = ("return", "accuracy", "top5_accuracy", "loss")  # before all other curves
 NO_CURVES = {"kind", "step", "epoch", "samples", "episodes"}
@@ -39,9 +31,8 @@ def draw_curves(records: Sequence[Record]) -> str | None:
     if not names:
         return None
     num_rows = -(-len(names) // COLUMNS)
-    figure, axes = plt.subplots(
-        num_rows, COLUMNS, figsize=(4.4 * COLUMNS, 2.9 * num_rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.4 * COLUMNS, 2.9 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, COLUMNS, squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -66,7 +57,8 @@ def draw_time(record: Record) -> str | None:
     ranks = sorted(enumerate(record.seconds_of_ranks), key=lambda ranked: ranked[1]["waiting"])[:MAX_RANKS]
     if not ranks:
         return None
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.28 * len(ranks)), layout="constrained")
+    figure = Figure(figsize=(9, 0.9 + 0.28 * len(ranks)), layout="constrained")
+    axis = figure.subplots()
     left = np.zeros(len(ranks))
     for group in (*GROUPS, OTHER):
         seconds = np.array([of_rank[group] for _, of_rank in ranks])
@@ -86,7 +78,8 @@ def draw_confusion(record: Record) -> str | None:
         return None
     counts, classes = np.array(record.evaluation["confusion"]), record.evaluation["classes"]
     side = 2.2 + 0.36 * len(classes)
-    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count and len(classes) <= 25:
@@ -103,7 +96,8 @@ def draw_returns(record: Record) -> str | None:
     """Draw a histogram of the returns of the evaluation's episodes."""
     if not record.evaluation.get("episodes"):
         return None
-    figure, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
+    figure = Figure(figsize=(5, 2.6), layout="constrained")
+    axis = figure.subplots()
     axis.hist([episode["total_reward"] for episode in record.evaluation["episodes"]], bins=20)
     axis.set_xlabel("return of an episode", fontsize=8)
     axis.tick_params(labelsize=8)
@@ -114,9 +108,8 @@ def _has(line: object, kind: str, name: str) -> bool:
     return isinstance(line, dict) and line["kind"] == kind and line.get(name) is not None
 
 
-def _as_svg(figure: "Figure") -> str:
+def _as_svg(figure: Figure) -> str:
     """The figure as a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return data_uri(buffer.getvalue(), "image/svg+xml")

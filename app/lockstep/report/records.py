@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.comm.watchdog import VERDICT
-from lockstep.report.table import Row, read_row
+from lockstep.report.table import Row, read_row, text_of
 from lockstep.runtime.flight_recorder import FOLDER, stragglers
 from lockstep.training.profiling import PROFILE, TABLE
 from lockstep.training.run_folder import storage_errors
@@ -83,16 +83,16 @@ def read_record(folder: Path) -> Record:
     """
     row = read_row(folder)
     with storage_errors():
-        lines = _text(folder / "metrics.jsonl").splitlines()
+        lines = text_of(folder / "metrics.jsonl").splitlines()
         pictures = [path for path in sorted(folder.glob("*")) if path.suffix in PICTURES]
         return Record(
             folder,
             row,
-            json.loads(_text(folder / "environment.json") or "{}"),
+            json.loads(text_of(folder / "environment.json") or "{}"),
             [json.loads(line) for line in lines if line.endswith("}")],  # the last may be incomplete in a running run
-            json.loads(_text(folder / "evaluation.json") or "{}"),
-            json.loads(_text(folder / PROFILE / TABLE) or "{}"),
-            _text(folder / FOLDER / VERDICT).strip(),
+            json.loads(text_of(folder / "evaluation.json") or "{}"),
+            json.loads(text_of(folder / PROFILE / TABLE) or "{}"),
+            text_of(folder / FOLDER / VERDICT).strip(),
             [
                 (path.name, data_uri(path.read_bytes(), PICTURES[path.suffix]))
                 for path in pictures
@@ -113,7 +113,3 @@ def efficiencies(records: Sequence[Record]) -> list[float | None]:
 
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _text(file: Path) -> str:
-    return file.read_text() if file.exists() else ""

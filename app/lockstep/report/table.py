@@ -73,9 +73,9 @@ def read_row(folder: Path) -> Row:
     """
     with storage_errors():
         settings = flat_settings(load_settings(folder / SETTINGS_FILE, trust=True)) if _is_run(folder) else {}
-        results = json.loads(_text(folder / "summary.json") or "{}")
-        code = _text(folder.with_name(folder.name + EXIT_CODE)).strip()
-        asked = _text(folder.with_name(folder.name + REQUESTED)).strip()
+        results = json.loads(text_of(folder / "summary.json") or "{}")
+        code = text_of(folder.with_name(folder.name + EXIT_CODE)).strip()
+        asked = text_of(folder.with_name(folder.name + REQUESTED)).strip()
     if results:
         state = "done"
     elif code:
@@ -129,7 +129,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / SETTINGS_FILE).is_file()
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """What is in `file`; nothing if it does not exist."""
     return file.read_text() if file.exists() else ""
 
 

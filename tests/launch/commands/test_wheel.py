@@ -62,6 +62,7 @@ def test_the_command_trains_and_reports(installed: Path, tmp_path: Path) -> None
 @pytest.mark.thorough
 def test_the_peers_are_within_it(installed: Path, tmp_path: Path) -> None:
     python = str(installed / "bin" / "python")
-    done = launch([python, "-m", "lockstep.benchmark.peers.plain", "--updates", "2", "--warmup", "1"], cwd=tmp_path)
+    peer = ["lockstep.benchmark.peers.data_parallel", "plain"]
+    done = launch([python, "-m", *peer, "--updates", "2", "--warmup", "1"], cwd=tmp_path)
     assert done.returncode == 0, done.output
     assert "images_per_second" in done.stdout

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from lockstep.comm import backend as backends
-from lockstep.comm.backend import Backend
+from lockstep.comm.backend import Backend, GlooBackend
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.gloo_backend import GlooBackend
 from lockstep.runtime.errors import SettingsError
 
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lockstep.comm import backend
+from lockstep.comm.backend import pieces_of
 from lockstep.comm.cluster import Cluster
-from lockstep.comm.messages import pieces_of
 from lockstep.parallel.merge import merge_on_root
 from lockstep.parallel.replicated import Replicated, sum_over_wire_
 from lockstep.parallel.step import train_step

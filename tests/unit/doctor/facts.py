@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.doctor.diagnosis import diagnose
 from lockstep.doctor.facts import (
     Clock,
     Facts,
@@ -22,6 +21,7 @@ from lockstep.doctor.facts import (
     View,
 )
 from lockstep.doctor.findings import Finding, Status
+from lockstep.doctor.report import diagnose
 from lockstep.runtime.installation import Installation
 from lockstep.runtime.launcher import MPIRUN, Launcher
 

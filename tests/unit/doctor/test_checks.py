@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lockstep.doctor.diagnosis import diagnose, is_healthy
 from lockstep.doctor.facts import Clock, Facts, Link, Speed, Unknown, View
 from lockstep.doctor.findings import Status
 from lockstep.doctor.local_facts import NO_ANSWER
-from lockstep.doctor.report import verdict
+from lockstep.doctor.report import diagnose, is_healthy, verdict
 from lockstep.runtime.installation import Installation
 from lockstep.runtime.launcher import HYDRA, SRUN, Launcher
 from tests.unit.doctor.facts import (

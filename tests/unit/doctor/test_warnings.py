@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lockstep.doctor.diagnosis import diagnose, is_healthy
 from lockstep.doctor.facts import Facts, Gpu, Libraries, Link, Speed, Unknown
 from lockstep.doctor.findings import Status
 from lockstep.doctor.local_facts import NO_ANSWER
-from lockstep.doctor.report import launch_line
+from lockstep.doctor.report import diagnose, is_healthy, launch_line
 from lockstep.runtime.launcher import GLOO, HYDRA, SRUN, Launcher
 from tests.unit.doctor.facts import (
     GIB,

@@ -6,7 +6,6 @@ starts them in turn.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -14,14 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 
 from lockstep.data.built_in import load_digits
 from lockstep.runtime.affinity import allowed_cpus, read_topology, share_cores
 from lockstep.runtime.affinity import pin as pin_to
+from lockstep.runtime.memory import peak_mib
 
 BATCH_SIZE_PER_RANK = 32
 LEARNING_RATE = 0.05
@@ -72,6 +73,19 @@ def set_threads(pin: bool, local_rank: int, local_size: int) -> None:
         pin_to(share_cores([cpus] * local_size, read_topology(cpus))[local_rank])
 
 
+def update_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function that trains `model` on one batch of images and labels, and returns its loss."""
+
+    def update(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.nll_loss(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return update
+
+
 def measure(
     update: Callable[[Tensor, Tensor], Tensor],
     loader: DataLoader[Any],
@@ -84,7 +98,7 @@ def measure(
     """Collective: train, and print the speed on rank 0 as one line of JSON.
 
     Args:
-        update: trains on one batch of images and labels, and returns its loss.
+        update: see `update_of`.
         synchronise: a barrier, so that the time is that of the slowest rank.
     """
     batches = _endless(loader)
@@ -105,7 +119,7 @@ def measure(
             "images_per_second": num_ranks * batch_size_per_rank * arguments.updates / seconds,
             "ms_per_update": seconds / arguments.updates * 1e3,
             "num_ranks": num_ranks,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": peak_mib(),
             "first_loss": means[0],
             "lowest_loss": min(means),
             "last_loss": means[-1],
