@@ -7,6 +7,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "train over every rank of the job, then merge the model on rank 0",
     "evaluate": "score the merged model of a run, alone or over ranks",
+    "predict": "write the outputs of the merged model for inputs of your own, alone or over ranks",
     "merge": "merge a checkpoint into one file, offline",
     "export": "write the merged model as torch.export and ONNX",
     "verify": "check checkpoints and ledger; --resume: certify that a resumed run equals one without a stop",

@@ -40,6 +40,8 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
     "np 2 lockstep benchmark comm": "test_benchmark.py::test_comm_fits_forecasts_and_compares_with_the_link",
     "lockstep benchmark sharding": "test_sharding.py::test_the_sharding_benchmark_proves_and_counts",
     "lockstep benchmark pipeline": "test_sharding.py::test_the_pipeline_benchmark_tells_its_ideal",
+    "--data my_package.my_inputs": "test_predict.py::test_the_rows_are_those_of_a_plain_loop_on_any_number_of_ranks",
+    "--folder photos": "test_predict.py::test_a_folder_of_images_is_classified_as_the_same_images_are",
     "lockstep merge": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--parallel zero3": "test_sharding.py::test_zero3_then_replicated_then_a_pipeline_is_one_run_and_merges_offline",
     "--config reference": "test_programs.py::test_the_reference_run_prints_the_references_lines",
@@ -57,6 +59,7 @@ RUN_ELSEWHERE = {  # a part of the command, and the test that runs it or its lik
 THOROUGH = {  # a part of a command, and why its block is left to the thorough tests
     "report runs/latest": "test_readme.py has the same first command",
     "evaluate runs/latest": "needs the run of the block above",
+    "predict runs/latest": "needs the run of the block above",
     "runs/three": "trains twice, on one rank and on three",
     "timeout --signal": "trains until it is stopped, and goes on",
     "runs/adamw": "trains once more; the report of two runs",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -19,6 +20,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
 from lockstep.runtime.command_line import command_parser, plain_console
 from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.user_code import call
 from lockstep.settings import Settings
 from lockstep.settings.trust import add_trust
 from lockstep.tasks.supervised import SupervisedTask
@@ -75,8 +77,8 @@ def _draw(task: SupervisedTask, model: nn.Module, folder: RunFolder) -> None:
     """Draw what the task shows of its held-out samples."""
     from lockstep.training.plots import plot_pictures  # imports matplotlib, which only rank 0 needs
 
-    with evaluating(model):
-        pictures = task.pictures(model)
+    with evaluating(model), torch.no_grad():
+        pictures = call(f"{type(task).__module__}.{type(task).__qualname__}.pictures", partial(task.pictures, model))
     if pictures:
         path = folder.path / f"{pictures.name}.png"
         with storage_errors():

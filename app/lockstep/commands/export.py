@@ -3,9 +3,10 @@
 env/run lockstep export runs/latest                 model.pt2, for torch.export.load; model.onnx, for ONNX Runtime
 env/run lockstep export runs/latest --formats onnx  one of them
 
-The inputs are those of the network: normalised images or observations, in batches of any size. ONNX is in float32. Each
-file also holds the run's settings.yaml. It is loaded again, and its outputs must equal the model's.
-`model.safetensors`, which every run leaves, has the weights only.
+The inputs are those of the network: normalised images or observations, in batches of any size. Several inputs are one
+tuple or dictionary, as the task's method inputs gives it; in ONNX each tensor has a name: inputs or outputs, inputs.0,
+inputs.1 and so on, or the keys of a dictionary. ONNX is in float32. Each file also holds the run's settings.yaml. It is
+loaded again, and its outputs must equal the model's. `model.safetensors`, which every run leaves, has the weights only.
 """
 
 import argparse
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
+from lockstep.data.batch import Tree, map_tensors, named_tensors, tensors_of
+from lockstep.data.tree_set import as_dtype
+from lockstep.models.block_sequence import apply
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, SettingsError
 from lockstep.settings.reading import SETTINGS_FILE
@@ -27,7 +31,7 @@ from lockstep.settings.trust import add_trust
 from lockstep.training.build import load_task
 from lockstep.training.run_folder import RunFolder, replacing
 
-Outputs = Callable[[Tensor], Tensor]
+Outputs = Callable[[Tree], Tree]
 NUM_EXAMPLES = 3  # batch size of the example inputs for tracing
 NUM_CHECKED = 64  # batch size of the comparison: another size, and other inputs
 TOLERANCE = 1e-5  # relative to the largest output; other runtimes sum float32 in another order
@@ -47,7 +51,7 @@ def run(cluster: Cluster) -> None:
     settings = folder.load_settings(arguments.trust == "true")
     task, model = load_task(settings, folder, cluster)
     model.cpu().eval()
-    examples = task.example_inputs(NUM_EXAMPLES).cpu().to(task.dtype)
+    examples = as_dtype(map_tensors(Tensor.cpu, task.example_inputs(NUM_EXAMPLES)), task.dtype)
     for name in arguments.formats:
         difference = export(model, examples, folder, name)
         path = folder.path / f"model.{name}"
@@ -57,61 +61,95 @@ def run(cluster: Cluster) -> None:
         )
 
 
-def export(model: nn.Module, examples: Tensor, folder: RunFolder, name: str) -> float:
+def export(model: nn.Module, examples: Tree, folder: RunFolder, name: str) -> float:
     """Write `model` as model.`name`, load it again, and return the largest difference of the outputs.
 
-    The difference is relative to the largest output.
+    The difference is relative to the largest number in each tensor of outputs.
 
     Raises:
         LockstepError: the difference is above `TOLERANCE`, or the exporter does not support this network.
         StorageError: the file cannot be written.
     """
     torch.manual_seed(0)
-    inputs = examples.mean() + torch.randn(NUM_CHECKED, *examples.shape[1:], dtype=examples.dtype)
+    inputs = map_tensors(_others_like, examples)
     with torch.no_grad(), warnings.catch_warnings(), replacing(folder.path / f"model.{name}") as temporary:
         warnings.simplefilter("ignore")  # the exporters warn about their own code
-        expected = model(inputs)
+        expected = apply(model, inputs)
         settings = (folder.path / SETTINGS_FILE).read_text()
         try:
             found = FORMATS[name](model, examples, temporary, settings)(inputs)
         except Exception as error:  # exporters raise many types of errors
             why = " ".join(str(error).split())[:300]
             raise LockstepError(f"this network cannot be written as model.{name}: {why}") from error
-        difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= TOLERANCE:
-            raise LockstepError(
-                f"model.{name} would give other outputs than the model: they differ by {difference:.1e}"
-            )
-    return difference
+        pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
+        differences = [_difference(of_file.double(), of_model.double()) for of_file, of_model in pairs]
+        for difference in differences:
+            if not difference <= TOLERANCE:
+                raise LockstepError(
+                    f"model.{name} would give other outputs than the model: they differ by {difference:.1e}"
+                )
+    return max(differences)
 
 
-def _write_pt2(model: nn.Module, examples: Tensor, file: Path, settings: str) -> Outputs:
-    program = torch.export.export(model, (examples,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+class _OfOneArgument(nn.Module):
+    """A network that takes all of its inputs as one tuple or dictionary: torch.export traces no `**named` arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tree) -> Tree:
+        return apply(self.model, inputs)
+
+
+def _others_like(examples: Tensor) -> Tensor:
+    """Draw other inputs: any floating-point numbers, but of integers, such as words, only what there is."""
+    if examples.is_floating_point():
+        return examples.mean() + torch.randn(NUM_CHECKED, *examples.shape[1:], dtype=examples.dtype)
+    return examples[torch.randint(len(examples), (NUM_CHECKED,))]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
+
+
+def _traced(model: nn.Module, examples: Tree) -> torch.export.ExportedProgram:
+    """Trace the network of one argument, for batches of any size."""
+    batch = torch.export.Dim("batch")
+    one = model if isinstance(examples, Tensor) else _OfOneArgument(model).eval()
+    return torch.export.export(one, (examples,), dynamic_shapes=(map_tensors(lambda _: {0: batch}, examples),))
+
+
+def _write_pt2(model: nn.Module, examples: Tree, file: Path, settings: str) -> Outputs:
     with file.open("wb") as opened:
-        torch.export.save(program, opened, extra_files={SETTINGS_FILE: settings})
+        torch.export.save(_traced(model, examples), opened, extra_files={SETTINGS_FILE: settings})
     with file.open("rb") as opened:
         outputs: Outputs = torch.export.load(opened).module()
     return outputs
 
 
-def _write_onnx(model: nn.Module, examples: Tensor, file: Path, settings: str) -> Outputs:
+def _write_onnx(model: nn.Module, examples: Tree, file: Path, settings: str) -> Outputs:
     import onnxruntime
 
     # ONNX Runtime supports most operators in float32 only.
-    model, examples = copy.deepcopy(model).float(), examples.float()
+    model, examples = copy.deepcopy(model).float(), as_dtype(examples, torch.float32)
+    names = [name for name, _ in named_tensors(apply(model, examples), "outputs")]
     program: Any = torch.onnx.export(
-        model,
-        (examples,),
+        _traced(model, examples),
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["inputs"],
-        output_names=["outputs"],
+        input_names=[name for name, _ in named_tensors(examples, "inputs")],
+        output_names=names,
         verbose=False,
     )
     program.model.metadata_props[SETTINGS_FILE] = settings
     program.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.float().numpy()})[0])
+
+    def outputs(inputs: Tree) -> list[Tensor]:
+        given = {name: tensor.numpy() for name, tensor in named_tensors(as_dtype(inputs, torch.float32), "inputs")}
+        return [torch.from_numpy(array) for array in session.run(names, given)]
+
+    return outputs
 
 
 FORMATS = {"pt2": _write_pt2, "onnx": _write_onnx}

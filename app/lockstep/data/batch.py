@@ -15,7 +15,7 @@ Tree = Any
 such as texts, are kept as they are."""
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+def map_tensors(change: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """Apply `change` to every tensor of `tree`."""
     if isinstance(tree, Tensor):
         return change(tree)
@@ -51,6 +51,23 @@ def tensors_of(tree: Tree) -> Iterator[Tensor]:
     elif isinstance(tree, Mapping | list | tuple):
         for value in tree.values() if isinstance(tree, Mapping) else tree:
             yield from tensors_of(value)
+
+
+def named_tensors(tree: Tree, name: str, inside: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of `tree` with a flat name: keys and places, joined by dots.
+
+    Args:
+        name: of a tensor that is the whole tree; in a list or tuple it stands before the places: name.0, name.1.
+        inside: the name of the part of a tree that `tree` is.
+    """
+    if isinstance(tree, Tensor):
+        yield inside or name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from named_tensors(value, name, f"{inside}.{key}" if inside else str(key))
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            yield from named_tensors(value, name, f"{inside or name}.{place}")
 
 
 @dataclass(frozen=True)

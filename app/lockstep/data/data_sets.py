@@ -12,7 +12,15 @@ from lockstep.data.augmentation import RESIZED, build_augmentation, build_centre
 from lockstep.data.built_in import load_digits, load_synthetic
 from lockstep.data.downloads import DOWNLOADS, download, load
 from lockstep.data.image_set import ImageSet, LabelledImages
-from lockstep.data.item_set import IMAGENET_MEAN, IMAGENET_STD, Items, ItemSet, image_and_label
+from lockstep.data.item_set import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFiles,
+    Items,
+    ItemSet,
+    WithoutLabels,
+    image_and_label,
+)
 from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.runtime.importing import import_object
 from lockstep.settings import DataSettings
@@ -118,6 +126,34 @@ def _load_own(settings: DataSettings, train: bool) -> ItemSet:
     return _items(settings, samples, classes, channels, side, train, partial(_number_in, settings.name))
 
 
+def load_unlabelled(settings: DataSettings, samples: Any, like: LabelledImages, name: str) -> ItemSet:
+    """Prepare images without labels as those of `like`.
+
+    Args:
+        samples: a map-style data set of PIL images or uint8 tensors (channels, height, width); labels are ignored.
+        name: of the data set, for messages.
+    """
+    channels, *size = like.shape
+    centre = build_centre((size[0], size[1]), _enlarged(settings))
+    describe = samples.describe if isinstance(samples, ImageFiles) else partial(_number_in, name)
+    items = Items(WithoutLabels(samples), None, centre, channels, describe)
+    return ItemSet(items, like.shape, like.classes, settings.num_workers, like.mean, like.std)
+
+
+def image_files(folder: Path) -> ImageFiles:
+    """Find all image files in `folder`, at any depth, in the order of their paths.
+
+    Raises:
+        DataError: there are none.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    if not found:
+        raise DataError(f"{folder.absolute()} has no image files ({', '.join(IMG_EXTENSIONS)})")
+    return ImageFiles(folder, [path.relative_to(folder).as_posix() for path in found])
+
+
 def _names_of_classes(samples: Any) -> list[str]:
     """Read the names of the classes from a data set: its own, Hugging Face's, or numbers."""
     if classes := getattr(samples, "classes", None):
@@ -148,6 +184,9 @@ def _items(
     usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
     mean, std = _normalisation(settings, usual[0], usual[1], channels)
     augment = build_augmentation(settings.augmentation, (side, side)) if train else None
-    enlarged = RESIZED if settings.name == "image_folder" else 1.0
-    items = Items(samples, augment, build_centre((side, side), enlarged), channels, describe)
+    items = Items(samples, augment, build_centre((side, side), _enlarged(settings)), channels, describe)
     return ItemSet(items, (channels, side, side), list(classes), settings.num_workers, mean, std)
+
+
+def _enlarged(settings: DataSettings) -> float:
+    return RESIZED if settings.name == "image_folder" else 1.0

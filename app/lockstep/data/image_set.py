@@ -29,6 +29,14 @@ class LabelledImages(DataSet, Protocol):
         """The class names of the labels 0, 1, ..."""
         ...
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One value for each channel, or one for all: a pixel p in 0 ... 1 becomes (p - mean) / std."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
     def to(self, device: torch.device) -> "LabelledImages":
         """Return the data set with its batches on `device`."""
         ...

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,13 +121,55 @@ class _Collate:
         return pixels, torch.tensor(labels, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images in files, as a map-style data set.
+
+    Attributes:
+        names: of the files, below `folder`.
+    """
+
+    folder: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> Any:
+        from PIL import Image
+
+        return Image.open(self.folder / self.names[number])
+
+    def describe(self, number: int) -> str:
+        return str(self.folder / self.names[number])
+
+
+@dataclass(frozen=True)
+class WithoutLabels:
+    """The images of a map-style data set whose items may lack a label, each with the label 0."""
+
+    samples: Any
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        return image_of(self.samples[number]), 0
+
+
 def image_and_label(item: Any) -> tuple[Any, Any]:
     """Return the image and the label of a data set's item: a pair, or Hugging Face's dictionary of both."""
     if isinstance(item, Mapping):
-        image = next(name for name in ("image", "img", "pixel_values", *item) if name in item)
-        return item[image], item["label" if "label" in item else "labels"]
+        return image_of(item), item["label" if "label" in item else "labels"]
     image, label = item
     return image, label
+
+
+def image_of(item: Any) -> Any:
+    """Return the image of a data set's item, which may have a label."""
+    if isinstance(item, Mapping):
+        return item[next(name for name in ("image", "img", "pixel_values", *item) if name in item)]
+    return item[0] if isinstance(item, tuple | list) else item
 
 
 def _as_tensor(image: Any, channels: int) -> Tensor:

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lockstep.data.data_sets import fetch, load_images
+from lockstep.data.data_sets import fetch, load_images, load_unlabelled
 from lockstep.data.image_set import LabelledImages, Samples
 from lockstep.data.loader import BatchLoader, MixedSamples
+from lockstep.data.tree_set import DataSet, MapStyleSet, TensorSet
 from lockstep.models.classifier import classifier_blocks
 from lockstep.parallel.strategy import Strategy
+from lockstep.runtime.user_code import call
 from lockstep.tasks.metric_sums import Metric, Number
 from lockstep.tasks.pictures import Pictures
 from lockstep.tasks.supervised import Evaluation, SupervisedTask
@@ -98,6 +100,25 @@ class Classify(SupervisedTask):
         return found
 
     @override
+    def predictions(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Compute the most probable class (n,) and the probability (n, num_classes) of each."""
+        return {"class": outputs.argmax(1), "probabilities": outputs.exp()}
+
+    @override
+    def unlabelled(self, found: Any, name: str) -> DataSet:
+        """Wrap images, PIL's or uint8 tensors, which are resized and normalised as the held-out ones. Floating-point
+        tensors are the network's inputs as they are.
+        """
+        wrapped = super().unlabelled(found, name)
+        if isinstance(wrapped, TensorSet):
+            found = call(self._named("predict_inputs"), lambda: self.predict_inputs(wrapped.tree))
+            if found.is_floating_point():
+                return wrapped
+        elif not isinstance(wrapped, MapStyleSet):
+            return wrapped
+        return load_unlabelled(self.settings.data, found, self.held_out, name)
+
+    @override
     def evaluation_batch_size(self, num_shards: int) -> int:
         return EVALUATION_BATCH_SIZE
 
@@ -114,7 +135,6 @@ class Classify(SupervisedTask):
         return {"data.name": self.settings.data.name, **super().immutable_settings(loader, num_shards)}
 
     @override
-    @torch.no_grad()
     def pictures(self, model: nn.Module) -> Pictures:
         """Show the misclassified samples whose true class got the lowest probability."""
         found = [(self.outputs(model, batch.inputs), batch.data[1]) for batch in self.held_out_batches()]

@@ -124,7 +124,6 @@ class Regress(SupervisedTask):
         return super().evaluation_of({**self.scores_of_counts(counts), **scores}, counts)
 
     @override
-    @torch.no_grad()
     def pictures(self, model: nn.Module) -> Pictures | None:
         """Draw held-out fields: before, after, predicted, and the error. Numbers are not drawn."""
         batch = next(self.held_out.batches([np.arange(min(NUM_DRAWN, len(self.held_out)))], self.dtype))

@@ -4,7 +4,7 @@ All else is the same for every such task: sharding, loading, exact means over th
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from typing_extensions import override
 
 from lockstep.comm.cluster import Cluster
-from lockstep.data.batch import DataBatch, Tree, tensors_of
+from lockstep.data.batch import DataBatch, Tree, named_tensors, tensors_of
 from lockstep.data.loader import BatchLoader
 from lockstep.data.sharding import Ids, shard_bounds
 from lockstep.data.tree_set import DataSet, as_data_set, split_by_hash
@@ -121,6 +121,12 @@ class SupervisedTask(Task):
             return batch["inputs"]
         return batch[0]
 
+    def predict_inputs(self, batch: Tree) -> Tree:
+        """Pick the network's inputs from a batch without labels, for `lockstep predict`. By default a tensor is the
+        inputs itself; of other batches, `inputs` picks them.
+        """
+        return batch if isinstance(batch, Tensor) else self.inputs(batch)
+
     @abstractmethod
     def loss(self, outputs: Any, batch: Tree) -> tuple[Tensor, Number]:
         """Compute the *sum* of the loss over a batch, with its graph, and its weight: what the sum over all ranks is
@@ -140,6 +146,10 @@ class SupervisedTask(Task):
         """Compute scores from counts that are summed over all samples, such as mean IoU from a confusion matrix."""
         del counts
         return {}
+
+    def predictions(self, outputs: Any) -> Tree:
+        """Make what `lockstep predict` writes of the network's outputs: a tree of tensors, a row for each sample."""
+        return outputs
 
     @staticmethod
     def collate(items: list[Any]) -> Tree:
@@ -289,19 +299,59 @@ class SupervisedTask(Task):
 
     def held_out_batches(self, shard_id: int = 0, num_shards: int = 1) -> Iterator[DataBatch]:
         """Yield the held-out samples of one shard in order, in equally many batches on every shard."""
-        num_samples, size = len(self.held_out), self.evaluation_batch_size(num_shards)
+        return self._in_order(self.held_out, self.inputs, shard_id, num_shards)
+
+    def _in_order(
+        self, data_set: DataSet, inputs_of: Callable[[Tree], Tree], shard_id: int, num_shards: int
+    ) -> Iterator[DataBatch]:
+        """Yield the samples of one shard of `data_set` in order, in equally many batches on every shard."""
+        num_samples, size = len(data_set), self.evaluation_batch_size(num_shards)
         start, stop = shard_bounds(num_samples, num_shards)[shard_id : shard_id + 2]
         # The forward pass of a sharded model is a collective.
         largest = -(-num_samples // num_shards)
         parts: list[Ids] = np.array_split(np.arange(start, stop), max(1, -(-largest // size)))
         shown = [ids if len(ids) else np.array([0]) for ids in parts]  # a stand-in, which counts for nothing
-        for index, (ids, data) in enumerate(zip(parts, self.held_out.batches(shown, self.dtype), strict=True)):
-            yield DataBatch(self.inputs(data), num_samples, data, ids, index)
+        for index, (ids, data) in enumerate(zip(parts, data_set.batches(shown, self.dtype), strict=True)):
+            yield DataBatch(inputs_of(data), num_samples, data, ids, index)
 
     def pictures(self, model: nn.Module) -> Pictures | None:
-        """Show held-out samples and what `model`, in evaluation mode, makes of them. Not a collective."""
+        """Show held-out samples and what `model`, in evaluation mode, makes of them, for `lockstep evaluate` and
+        `lockstep report`. Not a collective; no gradients are computed.
+        """
         del model
         return None
+
+    # -- prediction ------------------------------------------------------------------------------------------------
+
+    def unlabelled(self, found: Any, name: str) -> DataSet:
+        """Wrap what a user gives for prediction, as `as_data_set` does."""
+        return as_data_set(found, name, self.collate, self.settings.data.num_workers)
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, data_set: DataSet | None, shard_id: int, num_shards: int
+    ) -> Iterator[tuple[Ids, dict[str, Tensor]]]:
+        """Yield the predictions for the samples of one shard in order, in equally many batches on every shard: the
+        numbers (n,) of the samples, and tensors (n, ...) by flat names.
+
+        Args:
+            data_set: of unlabelled samples; None: the held-out ones.
+
+        Raises:
+            DataError, UserCodeError: a sample cannot be used, or the task's own code fails.
+        """
+        if data_set is None:
+            batches = self.held_out_batches(shard_id, num_shards)
+        else:
+            name = self._named("predict_inputs")
+            batches = self._in_order(
+                data_set, lambda data: call(name, lambda: self.predict_inputs(data)), shard_id, num_shards
+            )
+        with evaluating(model):
+            for batch in batches:
+                forward = partial(self.outputs, model, batch.inputs)
+                outputs = call(f"{self._network_name()}, given {_shapes(batch.inputs)},", forward)
+                yield batch.ids, self._checked_predictions(outputs, len(batch))
 
     # -- a user's code ---------------------------------------------------------------------------------------------
 
@@ -333,6 +383,19 @@ class SupervisedTask(Task):
         parts = split_by_hash(len(whole), data.held_out_share, self.settings.seed)
         train_part, held_out_part = parts
         return whole.take(train_part), whole.take(held_out_part)
+
+    def _checked_predictions(self, outputs: Any, num_samples: int) -> dict[str, Tensor]:
+        name = self._named("predictions")
+        found = dict(named_tensors(call(name, lambda: self.predictions(outputs)), "outputs"))
+        if not found:
+            raise UserCodeError(f"{name} must return a tensor, or a tuple or dictionary of tensors")
+        for each, tensor in found.items():
+            if tensor.shape[:1] != (max(1, num_samples),):
+                what = f"{each} of shape {tuple(tensor.shape)} for a batch of {max(1, num_samples)}"
+                raise UserCodeError(f"{name} gave {what}: a row for each sample is needed")
+        # A copy in row-major order, to be sent and written; of a stand-in, no row.
+        row_major = torch.contiguous_format
+        return {each: tensor[:num_samples].clone(memory_format=row_major) for each, tensor in found.items()}
 
     def _checked_loss(self, outputs: Any, batch: Tree) -> tuple[Tensor, Number]:
         name = self._named("loss")

@@ -38,9 +38,13 @@ class TensorFileWriter:
         digest: that digest, once all is written.
     """
 
-    def __init__(self, path: Path, meta_state: Mapping[str, Tensor]) -> None:
-        """`meta_state` gives names, shapes and data types."""
-        header: dict[str, object] = {"__metadata__": {"digest": NO_DIGEST, "format": "pt"}}
+    def __init__(self, path: Path, meta_state: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+        """`meta_state` gives names, shapes and data types.
+
+        With `about`, the header gets that in place of the digest, and tensors can be written by `write_rows`.
+        """
+        self._has_digest = about is None
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(about or {"digest": NO_DIGEST})}}
         self._places: dict[str, int] = {}
         end = 0
         for name, tensor in meta_state.items():
@@ -51,7 +55,7 @@ class TensorFileWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._digest_at = 8 + encoded.index(NO_DIGEST.encode())
+        self._digest_at = 8 + encoded.index(NO_DIGEST.encode()) if self._has_digest else 0
         self._meta_state = meta_state
         self._hashes: dict[str, str] = {}
         self.digest = NO_DIGEST
@@ -65,14 +69,24 @@ class TensorFileWriter:
         like = self._meta_state[name]
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
         self._hashes[name] = content_hash(tensor)
-        self._file.seek(self._start + self._places[name])
+        self._write_at(self._places[name], tensor)
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Write the rows `start` ... `start + len(rows) - 1` of a tensor."""
+        like = self._meta_state[name]
+        assert (rows.shape[1:], rows.dtype) == (like.shape[1:], like.dtype), name
+        assert start + len(rows) <= len(like), name
+        self._write_at(self._places[name] + start * (like.nbytes // len(like)), rows)
+
+    def _write_at(self, place: int, tensor: Tensor) -> None:
+        self._file.seek(self._start + place)
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if error is None:
+            if error is None and self._has_digest:
                 assert self._hashes.keys() == self._meta_state.keys()
                 self.digest = digest_of_hashes(self._hashes)
                 self._file.seek(self._digest_at)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import onnx
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from lockstep.commands import export as exporting
 from lockstep.commands.export import FORMATS, export
+from lockstep.data.batch import named_tensors, rows
 from lockstep.models.actions import build_actions
+from lockstep.models.block_sequence import BlockSequence
 from lockstep.models.classifier import classifier_blocks
 from lockstep.models.policy import policy_blocks
 from lockstep.runtime.errors import LockstepError
@@ -96,6 +99,41 @@ def test_an_export_that_gives_something_else_is_refused_and_leaves_no_file(
     with pytest.raises(LockstepError, match=r"model\.onnx would give other outputs than the model"):
         export(model, inputs, folder, "onnx")
     assert [path.name for path in folder.path.iterdir()] == ["settings.yaml"]
+
+
+class TwoInputs(nn.Module):
+    """A field and a few words to a tree of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.words = nn.Linear(6, 8), nn.Embedding(5, 8)
+
+    def forward(self, left: Tensor, words: Tensor) -> dict[str, Any]:
+        hidden = torch.tanh(self.left(left) + self.words(words).sum(1))
+        return {"sums": (hidden.sum(1), hidden), "class": hidden.argmax(1)}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_several_inputs_and_outputs(kind: type, form: str, folder: RunFolder) -> None:
+    """Words are integers below 5: the check must not draw others."""
+    torch.manual_seed(1)
+    model = BlockSequence(OrderedDict(network=TwoInputs())).eval()
+    left, words = torch.randn(3, 6), torch.randint(5, (3, 2))
+    inputs: Any = (left, words) if kind is tuple else {"left": left, "words": words}
+    assert export(model, inputs, folder, form) <= 1e-5
+    with torch.no_grad():
+        expected = model(left[:2], words[:2])
+    if form == "pt2":
+        first_two = rows(inputs, 0, 2)
+        found = dict(named_tensors(torch.export.load(folder.path / "model.pt2").module()(first_two), "outputs"))
+    else:
+        session = onnxruntime.InferenceSession(folder.path / "model.onnx")
+        names = ["inputs.0", "inputs.1"] if kind is tuple else ["left", "words"]
+        given = dict(zip(names, (left[:2].numpy(), words[:2].numpy()), strict=True))
+        outputs = ["sums.0", "sums.1", "class"]
+        found = dict(zip(outputs, map(torch.from_numpy, session.run(outputs, given)), strict=True))
+    torch.testing.assert_close(found, dict(named_tensors(expected, "outputs")), rtol=1e-4, atol=1e-5)
 
 
 class Choosing(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from lockstep.data.batch import DataBatch
-from lockstep.data.data_sets import load_images
-from lockstep.data.image_set import LabelledImages
+from lockstep.data.data_sets import image_files, load_images, load_unlabelled
+from lockstep.data.image_set import ImageSet, LabelledImages
 from lockstep.data.item_set import ItemSet
 from lockstep.data.loader import BatchLoader, partners_of, with_partners
 from lockstep.models.classifier import classifier_blocks
@@ -268,3 +268,29 @@ def test_one_mean_goes_with_deviations_by_channel(folder: Path) -> None:
     image = next(load_images(settings, train=False).batches([np.array([0])], F64))[0][0, :, 0, 0]
     expected = (40 / 255 - 0.5) / torch.tensor([0.25, 0.5, 1.0], dtype=F64)
     torch.testing.assert_close(image, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_images_without_labels_are_prepared_as_those_with(tmp_path: Path) -> None:
+    """Files at any depth, in the order of their paths, whatever their size and colours; PIL's images or tensors."""
+    pixels = torch.randint(256, (4, 1, 6, 6), dtype=torch.uint8)
+    like = ImageSet(pixels, torch.arange(4), 4, (0.3,), (0.7,))
+    (expected, _) = next(like.batches([np.arange(4)], torch.float64))
+    for number, name in enumerate(("b/0.png", "a.PNG", "b/c/d.bmp", "notes.txt")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number, 0].numpy()).save(tmp_path / name, format="png")
+    files = image_files(tmp_path)
+    assert files.names == ["a.PNG", "b/0.png", "b/c/d.bmp"]
+    labelled = [*zip(pixels, range(4), strict=True)]
+    for samples, order in ((files, [1, 0, 2]), (pixels, [0, 1, 2, 3]), (labelled, [0, 1, 2, 3])):
+        found = load_unlabelled(DataSettings(), samples, like, "photos")
+        images, _ = next(found.batches([np.arange(len(order))], torch.float64))
+        assert torch.equal(images, expected[order])
+
+    Image.new("RGB", (12, 12), (7, 8, 9)).save(tmp_path / "b" / "0.png")
+    (tmp_path / "a.PNG").write_bytes(b"no picture")
+    found = load_unlabelled(DataSettings(), image_files(tmp_path), like, "photos")
+    assert next(found.batches([np.array([1])], torch.float32))[0].shape == (1, 1, 6, 6)
+    with pytest.raises(DataError, match=r"a\.PNG cannot be used"):
+        next(found.batches([np.array([0])], torch.float32))
+    with pytest.raises(DataError, match="has no image files"):
+        image_files(tmp_path / "nowhere")

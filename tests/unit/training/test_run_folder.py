@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lockstep.runtime.errors import ExitCode, SettingsError, StorageError
 from lockstep.settings import Settings
 from lockstep.tasks.pictures import Pictures
+from lockstep.training.model_file import TensorFileWriter
 from lockstep.training.plots import plot_curves, plot_pictures
 from lockstep.training.run_folder import RunFolder
 from lockstep.training.run_logger import RootRunLogger
@@ -159,3 +161,17 @@ def test_a_quiet_run_logger_writes_and_says_nothing(tmp_path: Path, capsys: pyte
             run_logger.record("train", 1, epoch=0, samples=64, loss=2.0)
         assert capsys.readouterr().out == said
         assert '"loss": 2.0' in (tmp_path / str(quiet) / "metrics.jsonl").read_text()
+
+
+def test_a_file_is_written_row_by_row_in_any_order(tmp_path: Path) -> None:
+    """As it would be written at once, also if its rows have no numbers."""
+    tensors = {"field": torch.randn(5, 2, 3), "flag": torch.rand(5) < 0.5, "none": torch.empty(5, 0)}
+    meta_state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    with TensorFileWriter(tmp_path / "rows", meta_state, {"num_samples": "5"}) as writer:
+        for start, stop in ((3, 5), (0, 2), (2, 2), (2, 3)):
+            for name, tensor in tensors.items():
+                writer.write_rows(name, start, tensor[start:stop])
+    with safe_open(tmp_path / "rows", "pt") as file:
+        assert file.metadata() == {"format": "pt", "num_samples": "5"}
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)
