@@ -12,8 +12,7 @@ import os
 
 from torch import nn
 
-from lockstep.comm.program import tell
-from lockstep.comm.session import restored_process, session, stall_handler
+from lockstep.comm.program import restored_process, session, stall_handler, tell
 from lockstep.comm.stop import StopRequests
 from lockstep.runtime.errors import SettingsError
 from lockstep.settings import Settings

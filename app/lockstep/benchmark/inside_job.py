@@ -38,7 +38,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.inventory import describe_binding, describe_briefly, take_inventory
 from lockstep.parallel.pipeline_plan import bubble
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.memory import peak_mib
+from lockstep.runtime.resources import peak_mib
 from lockstep.settings import Settings
 from lockstep.settings.reading import parse_benchmark
 from lockstep.tasks.classify import Classify

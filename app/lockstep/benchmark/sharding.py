@@ -18,7 +18,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.parallel.pipeline import Pipeline
 from lockstep.parallel.step import train_step
 from lockstep.parallel.strategy import Strategy
-from lockstep.runtime.network_counters import bytes_sent_counter
+from lockstep.runtime.resources import bytes_sent_counter
 from lockstep.settings import (
     CheckpointSettings,
     DataSettings,

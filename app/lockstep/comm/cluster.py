@@ -27,7 +27,7 @@ from lockstep.runtime.errors import ExitCode, SettingsError
 from lockstep.runtime.flight_recorder import FlightRecorder
 from lockstep.runtime.installation import read_installation
 from lockstep.runtime.launcher import check_launcher, detect_launcher, missing_launcher_warning
-from lockstep.runtime.memory import keep_freed_memory
+from lockstep.runtime.resources import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.horovod_library import gpu_left_idle, horovod_operations
 from lockstep.comm.mpi_library import mpi_version
 from lockstep.runtime.affinity import allowed_cpus, format_cpus
-from lockstep.runtime.hints import this_program
+from lockstep.runtime.command_line import this_program
 
 PACKAGES = ("torch", "torchvision", "horovod", "mpi4py", "numpy", "safetensors")
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from lockstep.runtime.affinity import format_cpus as format_ranks
+from lockstep.runtime.command_line import suggest
 from lockstep.runtime.errors import ExitCode
 from lockstep.runtime.flight_recorder import FlightRecorder, Heartbeat, read_heartbeats, record_path
-from lockstep.runtime.hints import suggest
 
 VERDICT = "verdict.txt"
 GONE = "gone"

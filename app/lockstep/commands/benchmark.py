@@ -24,7 +24,7 @@ import sys
 from importlib import import_module
 
 from lockstep.runtime.errors import SettingsError, run_alone
-from lockstep.runtime.network_counters import OVER_LOOPBACK
+from lockstep.runtime.resources import OVER_LOOPBACK
 
 INSIDE_JOB = ("throughput", "comm", "sharding", "pipeline")
 LAUNCHING = ("peers", "scaling")

@@ -18,9 +18,8 @@ from lockstep.report.drawing import draw_confusion, draw_curves, draw_returns, d
 from lockstep.report.records import Record, efficiencies, read_record
 from lockstep.report.table import RESULTS, print_table, settings_that_differ
 from lockstep.runtime.affinity import format_cpus
-from lockstep.runtime.command_line import command_parser
+from lockstep.runtime.command_line import command_parser, suggest
 from lockstep.runtime.errors import StorageError, run_alone
-from lockstep.runtime.hints import suggest
 from lockstep.settings.reading import SETTINGS_FILE
 from lockstep.training.run_folder import RunFolder
 

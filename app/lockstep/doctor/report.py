@@ -12,7 +12,7 @@ from lockstep.doctor.facts import Facts, Slurm, Unknown
 from lockstep.doctor.findings import Finding, Status, count
 from lockstep.doctor.node_checks import UNBOUND, visible_gpus
 from lockstep.runtime.affinity import num_cores
-from lockstep.runtime.hints import in_environment, train_program
+from lockstep.runtime.command_line import in_environment, train_program
 from lockstep.runtime.launcher import srun_mpi_option
 
 CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (  # in the order in which they are reported

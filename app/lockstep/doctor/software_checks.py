@@ -6,7 +6,7 @@ from pathlib import Path
 from lockstep.doctor.facts import Facts, Libraries, LocalFacts, MpiFacts, Unknown
 from lockstep.doctor.findings import Finding, count, fault, nccl_version, numbers_in, ok, some_of, warning
 from lockstep.doctor.local_facts import NO_ANSWER
-from lockstep.runtime.hints import train_program
+from lockstep.runtime.command_line import train_program
 from lockstep.runtime.installation import Installation
 from lockstep.runtime.launcher import (
     NONE,

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lockstep.runtime.command_line import in_environment, this_program
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.hints import in_environment, this_program
 
 GLOO = "horovodrun over Gloo"
 MPIRUN = "mpirun of Open MPI"

@@ -22,8 +22,8 @@ from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in
     set_parsing_settings,
 )
 
+from lockstep.runtime.command_line import in_environment, this_program
 from lockstep.runtime.errors import SettingsError
-from lockstep.runtime.hints import in_environment, this_program
 from lockstep.runtime.importing import import_object
 from lockstep.settings import TASKS, Settings
 from lockstep.settings.old_names import rename_in_file, rename_variables, with_new_names

@@ -13,7 +13,7 @@ from lockstep.parallel.strategy import Strategy
 from lockstep.parallel.zero import Zero
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.importing import import_object
-from lockstep.runtime.memory import release_freed_memory
+from lockstep.runtime.resources import release_freed_memory
 from lockstep.settings import TASKS, Settings
 from lockstep.tasks.task import Task
 from lockstep.training.checkpoint import InMemoryCheckpoint

@@ -13,7 +13,7 @@ from lockstep.comm.program import tell
 from lockstep.comm.stop import StopRequests, StopVote, end_time
 from lockstep.comm.watchdog import Watchdog
 from lockstep.parallel.rank_grid import RankGrid
-from lockstep.runtime.memory import peak_mib
+from lockstep.runtime.resources import peak_mib
 from lockstep.runtime.seeding import make_deterministic
 from lockstep.settings import Settings
 from lockstep.settings.reading import parse_settings

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lockstep.parallel.step import PHASES
+from lockstep.runtime.command_line import suggest
 from lockstep.runtime.flight_recorder import stragglers
-from lockstep.runtime.hints import suggest
 from lockstep.tasks.task import Evaluation
 from lockstep.training.model_file import TensorFileWriter
 from lockstep.training.progress import Progress

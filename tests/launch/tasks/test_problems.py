@@ -53,9 +53,8 @@ def test_options_are_settings(folder: Path) -> None:
         file.write(block_of(PAGE, "python", "from dataclasses"))
     quick = f"{TRAIN} --task my_weather.Wider --num_epochs 1 --run_dir run --log_interval 1000"
     helped = launch(f"{TRAIN} --task my_weather.Wider --help", cwd=folder).stdout
-    assert re.search(r"--options.width WIDTH\n.*\n? +Units of the hidden layer. .type: int, default: 32", helped), (
-        helped
-    )
+    told = r"--options.width WIDTH\n.*\n? +Units of the hidden layer. .type: int, default: 32"
+    assert re.search(told, helped), helped
     wrong = launch(f"{quick} --options.widht 3", cwd=folder)
     assert (wrong.returncode, "Did you mean --options.width?" in wrong.stderr) == (2, True), wrong.output
     assert not (folder / "run").exists()

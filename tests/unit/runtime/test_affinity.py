@@ -93,7 +93,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     """In a child process, since it cannot be undone: with 8 MiB blocks, which glibc would map anew each time."""
     code = """
 import resource, torch
-from lockstep.runtime.memory import keep_freed_memory
+from lockstep.runtime.resources import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

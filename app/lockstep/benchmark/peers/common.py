@@ -22,7 +22,7 @@ from torchvision import transforms
 from lockstep.data.built_in import load_digits
 from lockstep.runtime.affinity import allowed_cpus, read_topology, share_cores
 from lockstep.runtime.affinity import pin as pin_to
-from lockstep.runtime.memory import peak_mib
+from lockstep.runtime.resources import peak_mib
 
 BATCH_SIZE_PER_RANK = 32
 LEARNING_RATE = 0.05

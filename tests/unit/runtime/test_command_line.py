@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.runtime.hints import PREFIX, in_environment, suggest
+from lockstep.runtime.command_line import PREFIX, in_environment, suggest
 from tests.launching import ROOT, launch
 
 
@@ -27,7 +27,7 @@ def test_a_suggestion_can_be_pasted(
 ) -> None:
     for name in ("clone", "beside", "gone"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr("lockstep.runtime.hints.ROOT", tmp_path / "clone")
+    monkeypatch.setattr("lockstep.runtime.command_line.ROOT", tmp_path / "clone")
     monkeypatch.chdir(tmp_path / folder)
     if prefix:
         monkeypatch.setenv(PREFIX, prefix)
