@@ -31,6 +31,8 @@ def immutable_settings(settings: Settings, of_task: Mapping[str, Any], num_shard
         **of_task,
         "optimizer.name": settings.optimizer.name,
         "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+        "optimizer.freeze": settings.optimizer.freeze,
+        "optimizer.groups": [[pattern, own] for pattern, own in settings.optimizer.groups.items()],  # in their order
         "optimizer.average_decay": settings.optimizer.average_decay,
         "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
     }

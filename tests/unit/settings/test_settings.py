@@ -40,10 +40,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
     assert (settings.data.batch_size, settings.seed, settings.num_epochs) == (17, 2, 4)
 
 
+GROUPS = (
+    "--optimizer.freeze",
+    '["a.*"]',
+    "--optimizer.groups",
+    '{"b.*": {weight_decay: 0}, "*": {learning_rate_factor: 2}}',
+)
+
+
 def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
-    settings, _ = parse_settings(["--config", "reference", "--seed", "5", "--data.batch_size_per_rank", "4"])
+    settings, _ = parse_settings(["--config", "reference", "--seed", "5", "--data.batch_size_per_rank", "4", *GROUPS])
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(tmp_path / "settings.yaml") == settings
+    assert list(settings.optimizer.groups) == ["b.*", "*"]
     assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == (settings, False)
 
 
@@ -63,6 +72,11 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
         (["--task", "ppo", "--model.name", "mlp", "--checks.ledger", "true"], "checks.ledger"),
         (["--ppo.num_minibatches", "200"], "ppo.num_steps must be no fewer"),
         (["--parallel", "zero2", "--optimizer.name", "lamb"], "it takes the norms of whole layers"),
+        (
+            ["--optimizer.groups", '{"a.*": {lr: 2}}'],
+            r"optimizer.groups of a.\* is .* learning_rate_factor, weight_decay",
+        ),
+        (["--optimizer.groups", '{"a.*": {learning_rate_factor: 0}}'], "above 0"),
         (["--optimizer.step_at", "[0.7, 0.5]"], "rising shares of the run"),
         (["--data.std", "[0.0]"], "data.std"),
         (["--data.name", "cifar11"], "or a data set of your own"),
