@@ -106,6 +106,9 @@ class Settings:
         check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")
         every = self.evaluate_every
         check(every is None or every >= 0, "evaluate_every", every, "it must not be negative")
+        evaluates = bool(every) if self.task == "ppo" else every != 0
+        for name, criterion in (("stop.early", self.stop.early), ("checkpoint.best", self.checkpoint.best)):
+            check(criterion is None or evaluates, name, criterion, "it needs evaluations on the way: evaluate_every")
         scaled = self.optimizer.scale_learning_rate
         check(
             not scaled or self.data.batch_size_per_rank is not None,

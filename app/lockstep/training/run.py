@@ -101,7 +101,8 @@ def train(
         inventory = take_inventory(cluster)
         if cluster.is_root and not settings.quiet:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, begun.resume, state.take_over(cluster), hooks)
+        handover = state.take_over(cluster)
+        trainer = build_trainer(cluster, settings, task, folder, begun.resume, handover, hooks)
         state.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
         cluster.recorder.take_seconds()  # what comes before is the start, not training
@@ -167,5 +168,7 @@ def _finish(
         plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
     # Last: with it the run is finished.
     num_parameters = trainer.strategy.num_parameters
-    summary = write_summary(folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks)
+    summary = write_summary(
+        folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks, trainer.judgement
+    )
     print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")

@@ -56,6 +56,30 @@ def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
+def test_an_early_stop_and_the_best_model_are_the_same_over_a_kill(tmp_path: Path) -> None:
+    """The accuracy soon reaches 1: the first update with it is the best."""
+    judged = "--checkpoint.best accuracy:max:2 --stop.early accuracy:max:2 --optimizer.learning_rate 0.004"
+    judged = f"{QUICK} --num_epochs 20 --checkpoint.interval 20 {judged}"
+    never = launch(f"{LAUNCH} {judged} --run_dir never", cwd=tmp_path)
+    assert never.returncode == 0, never.output
+    _kill_after_a_checkpoint(f"{LAUNCH} {judged} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("stopped", "never")]
+    for name in ("stopped_early", "best", "accuracy", "loss", "num_updates", "model_digest"):
+        assert summaries[0][name] == summaries[1][name], name
+    best, num_updates = summaries[0]["best"], summaries[0]["num_updates"]
+    assert best["update"] < num_updates < 20 * 30
+    assert best["accuracy"] == summaries[0]["accuracy"]
+    assert f"after update {best['update']}, accuracy {best['accuracy']}" in resumed.stdout
+    assert _sha256(tmp_path / "stopped" / "model.safetensors") == _sha256(tmp_path / "never" / "model.safetensors")
+    checkpoints = [[path.name for path in list_checkpoints(tmp_path / run)] for run in ("stopped", "never")]
+    assert checkpoints[0] == checkpoints[1]
+    merge = launch(f"lockstep merge stopped --step {best['update']} --out best.safetensors", cwd=tmp_path)
+    assert merge.returncode == 0, merge.output
+    assert summaries[0]["model_digest"] in merge.stdout
+
+
 @pytest.mark.thorough
 def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"
