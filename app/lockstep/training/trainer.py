@@ -286,9 +286,12 @@ class Trainer:
         self.writer.wait()
         run, keep = self.folder.path, self._settings.checkpoint.keep
         self._cluster.on_root(lambda: remove_others(run / CHECKPOINTS, keep, scores.best))
-        found = self._cluster.on_root(lambda: first_checkpoint(run, scores.ranking()))
+        ranking = scores.ranking()
+        found = self._cluster.on_root(lambda: first_checkpoint(run, ranking))
         if found is None:  # no score was a number
             return None
+        if found.step != ranking[0]:
+            self._tell(f"The checkpoint of update {ranking[0]} was the best, and is gone")
         self.judgement["best"] = {"update": found.step, scores.criterion.metric: json_number(scores.score(found.step))}
         if found.step == self.progress.step:
             return None
