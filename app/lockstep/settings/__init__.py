@@ -75,6 +75,10 @@ class Settings:
     """Outputs of the metrics in addition to metrics.jsonl: any of tensorboard, csv and mlflow, separated by commas; or
     none."""
 
+    hooks: str | None = None
+    """Hooks of your own, my_package.MyHook, separated by commas: classes derived from lockstep.TrainerHook, of which
+    every rank makes one, without arguments."""
+
     profile: str | None = None
     """Updates to profile, counted from 1, such as 20-24: writes a trace for Perfetto and prints a table of times."""
 
@@ -106,6 +110,9 @@ class Settings:
         check(self.log_interval >= 1, "log_interval", self.log_interval, "it must be at least 1")
         every = self.evaluate_every
         check(every is None or every >= 0, "evaluate_every", every, "it must not be negative")
+        evaluates = bool(every) if self.task == "ppo" else every != 0
+        for name, criterion in (("stop.early", self.stop.early), ("checkpoint.best", self.checkpoint.best)):
+            check(criterion is None or evaluates, name, criterion, "it needs evaluations on the way: evaluate_every")
         scaled = self.optimizer.scale_learning_rate
         check(
             not scaled or self.data.batch_size_per_rank is not None,
@@ -114,6 +121,8 @@ class Settings:
             "it needs data.batch_size_per_rank, with which the global batch grows with the number of ranks",
         )
         parse_loggers(self.loggers)
+        named = all("." in name for name in self.hook_names)
+        check(named, "hooks", self.hooks, "names of classes are needed, my_package.MyHook, with commas between them")
         if self.profile is not None:
             parse_updates(self.profile)
         self._check_parallel()
@@ -123,6 +132,10 @@ class Settings:
     @property
     def logger_names(self) -> list[str]:
         return parse_loggers(self.loggers)
+
+    @property
+    def hook_names(self) -> list[str]:
+        return [name.strip() for name in self.hooks.split(",")] if self.hooks else []
 
     @property
     def profiled_updates(self) -> range:

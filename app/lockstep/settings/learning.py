@@ -26,6 +26,14 @@ class OptimizerSettings:
     decay_vectors: bool = True
     """Apply weight decay to biases and normalisation layers as well; false: only to matrices and filters."""
 
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of parameters that do not learn, as in a shell, over the names in model.safetensors:
+    '["network.stem.*"]'."""
+
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Parameters with a learning rate or weight decay of their own, by patterns:
+    '{"network.stem.*": {learning_rate_factor: 0.1, weight_decay: 0}}'. Of several that match, the first counts."""
+
     schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
     """Learning rate after the warm-up: linear and cosine fall to 0 at the last update; step is multiplied by
     step_factor at each of step_at."""
@@ -53,6 +61,17 @@ class OptimizerSettings:
         check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "it must be at least 0 and below 1")
         decay = self.weight_decay
         check(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "it must be finite, not negative")
+        for pattern, own in self.groups.items():
+            name = f"optimizer.groups of {pattern}"
+            check(
+                own.keys() <= {"learning_rate_factor", "weight_decay"},
+                name,
+                own,
+                "it can have these two: learning_rate_factor, weight_decay",
+            )
+            times, own_decay = own.get("learning_rate_factor", 1.0), own.get("weight_decay", 0.0)
+            check(math.isfinite(times) and times > 0, name, own, "the factor must be finite and above 0 (0: freeze)")
+            check(math.isfinite(own_decay) and own_decay >= 0, name, own, "the decay must be finite, not negative")
         shares, factor, average = self.step_at, self.step_factor, self.average_decay
         fits = all(0 < share < 1 for share in shares) and shares == sorted(shares)
         check(fits, "optimizer.step_at", shares, "rising shares of the run, between 0 and 1, are needed")

@@ -54,7 +54,7 @@ def _texts(settings: Any) -> dict[str, str]:
 
 def _default(item: "Field[Any]") -> str:
     value = item.default if item.default_factory is MISSING else item.default_factory()
-    if value in (None, {}):
+    if value in (None, {}, []):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

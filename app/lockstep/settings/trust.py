@@ -19,7 +19,7 @@ from lockstep.runtime.errors import SettingsError
 ROOT = 0
 OVERFLOW = Path("/proc/sys/kernel/overflowuid")
 MAX_LINKS = 40  # Linux follows as many
-NAMES = ("task", "data.name", "model.name", "env.id")
+NAMES = ("task", "data.name", "model.name", "env.id", "hooks")
 OPTIONS = ("options", "model.options", "env.options")
 DOTTED = re.compile(r"[^\W\d]\w*([.:][^\W\d][\w-]*)+")
 HELP = "Accept settings files of other users that name code, which then runs with your rights"

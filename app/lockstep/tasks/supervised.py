@@ -185,6 +185,7 @@ class SupervisedTask(Task):
         """Collective: compute the loss and metrics of a few samples on rank 0, so that what does not fit is told first.
 
         Raises:
+            SettingsError: on every rank: a setting names a held-out score that there is not.
             UserCodeError: on every rank: the model, the loss or the metrics do not fit.
         """
         if self._layouts is None:
@@ -206,7 +207,28 @@ class SupervisedTask(Task):
             held_out = self._held_out_metrics(outputs, batch)
         if not learns:
             raise UserCodeError(f"{self._network_name()} has no parameters to learn")
+        self._check_criteria(held_out)
         return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes)
+
+    def _check_criteria(self, metrics: Mapping[str, Metric]) -> None:
+        """Check that the scores exist by which the run is to be judged, as far as the metrics of a few samples tell.
+
+        Raises:
+            SettingsError: one does not.
+        """
+        criteria = [self.settings.stop.early_criterion, self.settings.checkpoint.best_criterion]
+        layout = MetricLayout.of(metrics)
+        known = {name: 0.0 for name, shape in layout.shapes.items() if shape is None}
+        if all(criterion is None or criterion.metric in known for criterion in criteria):
+            return
+        means, counts = layout.unpack(layout.pack(metrics, self.cluster.device).cpu())
+        try:
+            known |= self.evaluation_of({**means, **self.scores_of_counts(counts)}, counts).scores
+        except Exception:  # a user's own scores may need more samples: the first evaluation tells
+            return
+        for criterion in criteria:
+            if criterion:
+                criterion.check_known(known)
 
     @property
     @override

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lockstep.comm.cluster import Cluster
 from lockstep.parallel.pipeline import Pipeline
 from lockstep.parallel.rank_grid import RankGrid
 from lockstep.parallel.replicated import Replicated
-from lockstep.parallel.strategy import Strategy
+from lockstep.parallel.strategy import Blocks, Strategy
 from lockstep.parallel.zero import Zero
 from lockstep.runtime.errors import SettingsError
 from lockstep.runtime.importing import import_object
@@ -18,7 +19,7 @@ from lockstep.settings import TASKS, Settings
 from lockstep.tasks.task import Task
 from lockstep.training.checkpoint import InMemoryCheckpoint
 from lockstep.training.hooks import TrainerHook
-from lockstep.training.optim import build_optimizer
+from lockstep.training.optim import build_optimizer, check_patterns, freeze
 from lockstep.training.run_folder import RunFolder, load_into
 from lockstep.training.trainer import Trainer
 
@@ -89,30 +90,29 @@ def build_strategy(cluster: Cluster, settings: Settings, task: Task, grid: RankG
     """Collective: build the model and the strategy that places it on the ranks.
 
     Raises:
-        SettingsError: on every rank: the number of ranks or the model does not fit the settings.
+        SettingsError: on every rank: the number of ranks or the model does not fit the settings, or a pattern
+            matches no parameter.
     """
+    optimizer = settings.optimizer
+    if optimizer.freeze or optimizer.groups:
+        cluster.on_root(lambda: check_patterns(task.model_blocks(), optimizer))
+
+    def blocks() -> Blocks:
+        return freeze(task.model_blocks(), optimizer.freeze)
+
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(model, optimizer)
+
     if settings.parallel == "replicated":
         model = task.build_model()
-        return Replicated(model, build_optimizer(model, settings.optimizer), cluster, settings.gradient)
+        list(freeze(model.named_children(), optimizer.freeze))
+        return Replicated(model, build(model), cluster, settings.gradient)
     if settings.parallel == "pipeline":
         whole = settings.data.global_batch_size(grid.num_replicas)
         example = task.example_inputs(-(-whole // (grid.num_replicas * settings.gradient.num_micro_batches)))
-        return Pipeline(
-            task.model_blocks,
-            lambda model: build_optimizer(model, settings.optimizer),
-            cluster,
-            settings,
-            grid,
-            task,
-            example,
-        )
-    zero = Zero(
-        task.model_blocks(),
-        lambda model: build_optimizer(model, settings.optimizer),
-        cluster,
-        settings.gradient,
-        stage=int(settings.parallel.removeprefix("zero")),
-    )
+        return Pipeline(blocks, build, cluster, settings, grid, task, example)
+    stage = int(settings.parallel.removeprefix("zero"))
+    zero = Zero(blocks(), build, cluster, settings.gradient, stage)
     if settings.model.compile:
         zero.model.compile()
     return zero

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,8 +136,15 @@ def write_parts(folder: Path, step: int, state: State, rank: int = 0) -> Written
     return Written(files, {name: tuple(part.shape) for name, part in state.items()})
 
 
-def commit(folder: Path, step: int, written: Sequence[Written], counters: Mapping[str, Any], keep: int) -> Path:
-    """Commit what all ranks have `written` as a checkpoint, and remove all but the last `keep` checkpoints.
+def commit(
+    folder: Path,
+    step: int,
+    written: Sequence[Written],
+    counters: Mapping[str, Any],
+    keep: int,
+    best: Collection[int] = (),
+) -> Path:
+    """Commit what all ranks have `written` as a checkpoint, and remove earlier ones as `remove_others` does.
 
     Raises:
         StorageError: it could not be written; nothing of it is left, and earlier ones are intact.
@@ -163,8 +170,18 @@ def commit(folder: Path, step: int, written: Sequence[Written], counters: Mappin
             discard(folder, step)
         # Later ones are of an attempt that this one has replaced: they were not intact.
         _remove([path for path in _checkpoints(folder) if int(path.name) > step])
-        _remove(_checkpoints(folder)[:-keep])
+        remove_others(folder, keep, best)
     return final
+
+
+def remove_others(folder: Path, keep: int, best: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the last `keep`, and those of the updates `best`.
+
+    Raises:
+        StorageError: they cannot be removed.
+    """
+    with storage_errors():
+        _remove([path for path in _checkpoints(folder)[:-keep] if int(path.name) not in best])
 
 
 def discard(folder: Path, step: int) -> None:
@@ -205,6 +222,17 @@ def latest_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | No
     if paths:
         raise StorageError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is whole: the run cannot go on")
     return None
+
+
+def first_checkpoint(run: Path, steps: Sequence[int]) -> Checkpoint | None:
+    """Verify the first checkpoint of `steps` that there is.
+
+    Raises:
+        StorageError: it is truncated or was altered.
+    """
+    paths = (run / FOLDER / f"{step:012d}" for step in steps)
+    path = next((path for path in paths if path.exists()), None)
+    return verify_checkpoint(path) if path else None
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:

@@ -56,13 +56,21 @@ class CheckpointWriter:
             flush_folder(self._folder.parent)
             discard_leftovers(self._folder)
 
-    def save(self, step: int, state: State, counters: Mapping[str, Any], volatile: Collection[str] = ()) -> None:
+    def save(
+        self,
+        step: int,
+        state: State,
+        counters: Mapping[str, Any],
+        volatile: Collection[str] = (),
+        best: Collection[int] = (),
+    ) -> None:
         """Collective: write a checkpoint after `step` updates.
 
         Args:
             state: what this rank saves, on any device.
             counters: whatever else JSON can hold; rank 0's count.
             volatile: names of tensors that a forward pass may change; they are copied before this returns.
+            best: earlier checkpoints, by their updates, that are kept beside the latest.
 
         Raises:
             StorageError: on the rank that could not write this or the last checkpoint, and on rank 0; earlier ones are
@@ -70,13 +78,13 @@ class CheckpointWriter:
         """
         self.wait()
         if not self._settings.asynchronous:  # without a copy
-            self._write(step, state, dict(counters))
+            self._write(step, state, dict(counters), best)
             return
         now = {name: part for name, part in state.items() if name in volatile}
         self._copied.clear()
         copied_now = self._copy(now)
         later = {name: part for name, part in state.items() if name not in volatile}
-        self._writing = self._thread.submit(self._copy_and_write, step, copied_now, later, dict(counters))
+        self._writing = self._thread.submit(self._copy_and_write, step, copied_now, later, dict(counters), best)
 
     def seconds_to_save(self, num_bytes: int) -> float:
         """Estimate how long a checkpoint takes: the longest so far, or a guess from its size."""
@@ -108,14 +116,16 @@ class CheckpointWriter:
             self._snapshot[name].copy_(part.values)
         return {name: replace(part, values=self._snapshot[name]) for name, part in state.items()}
 
-    def _copy_and_write(self, step: int, copied: State, later: State, counters: Mapping[str, Any]) -> None:
+    def _copy_and_write(
+        self, step: int, copied: State, later: State, counters: Mapping[str, Any], best: Collection[int]
+    ) -> None:
         try:
             state = {**copied, **self._copy(later)}
         finally:
             self._copied.set()
-        self._write(step, state, counters)
+        self._write(step, state, counters, best)
 
-    def _write(self, step: int, state: State, counters: Mapping[str, Any]) -> None:
+    def _write(self, step: int, state: State, counters: Mapping[str, Any], best: Collection[int]) -> None:
         """Collective, from this thread: write on all ranks, then commit on rank 0."""
         started = time.perf_counter()
         mine: Written | StorageError
@@ -130,7 +140,7 @@ class CheckpointWriter:
                 raise StorageError(f"rank {rank} could not write its part of a checkpoint: {written}")
         if self._cluster.is_root:
             parts = [written for written in of_ranks if isinstance(written, Written)]
-            commit(self._folder, step, parts, counters, self._settings.keep)
+            commit(self._folder, step, parts, counters, self._settings.keep, best)
         elif isinstance(mine, StorageError):
             raise mine
         self._longest_seconds = max(self._longest_seconds, time.perf_counter() - started)

@@ -150,6 +150,9 @@ def check_elastic(settings: Settings) -> None:
         "data.batch_size_per_rank is set, and the global batch must stay when ranks come and go: use data.batch_size": (
             data.batch_size_per_rank is not None
         ),
+        "checkpoint.best is set, and a lost worker may leave a best checkpoint half written: use mpirun": (
+            settings.checkpoint.best is not None
+        ),
         "profile is set, and the ranks whose updates are recorded may come and go: use mpirun": bool(settings.profile),
         "checks.non_finite is skip, and the ledger is written before an update is known to be skipped: use stop": (
             checks.ledger and checks.non_finite == "skip"

@@ -31,6 +31,8 @@ def immutable_settings(settings: Settings, of_task: Mapping[str, Any], num_shard
         **of_task,
         "optimizer.name": settings.optimizer.name,
         "optimizer.decay_vectors": settings.optimizer.decay_vectors,
+        "optimizer.freeze": settings.optimizer.freeze,
+        "optimizer.groups": [[pattern, own] for pattern, own in settings.optimizer.groups.items()],  # in their order
         "optimizer.average_decay": settings.optimizer.average_decay,
         "the scale of optimizer.learning_rate": learning_rate_scale(settings.optimizer, num_shards),
     }
@@ -49,17 +51,19 @@ def changes(was: Settings, now: Settings) -> dict[str, list[Any]]:
 
 
 def asks_for_more(was: Settings, now: Settings, who: str) -> bool:
-    """Whether `now` asks a finished run with settings `was` for more epochs; False if nothing has changed.
+    """Whether `now` asks a finished run with settings `was` for more epochs or another early stop; False if nothing has
+    changed.
 
     Args:
         who: names the run in messages.
 
     Raises:
-        SettingsError: settings have changed, but not to more epochs.
+        SettingsError: settings have changed, but not so.
     """
     changed = changes(was, now)
     length = "ppo.total_steps" if was.task == "ppo" else "num_epochs"
-    if not changed or (was.task == now.task and flat_settings(now)[length] > flat_settings(was)[length]):
+    is_longer = flat_settings(now)[length] > flat_settings(was)[length] or was.stop.early != now.stop.early
+    if not changed or (was.task == now.task and is_longer):
         if changed:
             _check_immutable(was, now)
         return bool(changed)

@@ -6,15 +6,22 @@ normalisation) are not scaled, as is usual. Norms are of whole layers, so that a
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from lockstep.parallel.strategy import Blocks
 from lockstep.parallel.weight_average import keep_average
+from lockstep.runtime.errors import SettingsError
 from lockstep.settings import OptimizerSettings
+
+FACTOR = "learning_rate_factor"  # of a group
+NUM_NAMES = 12  # of parameters, in a message
 
 Groups = Iterable[dict[str, Any]]
 
@@ -39,14 +46,76 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Group trainable parameters by their weight decay: all in one group, or matrices and vectors in one each."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = settings.weight_decay
+    """Group trainable parameters by their weight decay (all in one group, or matrices and vectors in one each), and
+    those that match a pattern of `settings.groups` apart.
+
+    The groups are the same for every part of a model; of one that has none of its parameters, a group is empty.
+    """
+    rest = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    special: list[dict[str, Any]] = []
+    for pattern, own in settings.groups.items():
+        mine = [rest.pop(name) for name in list(rest) if fnmatchcase(name, pattern)]
+        factor = own.get(FACTOR, 1.0)
+        by_decay = [(mine, own["weight_decay"])] if "weight_decay" in own else _by_decay(mine, settings)
+        special += [
+            {"params": parameters, "weight_decay": decay, "lr": factor * settings.learning_rate, FACTOR: factor}
+            for parameters, decay in by_decay
+        ]
+    usual = _by_decay(list(rest.values()), settings)
+    return [*({"params": parameters, "weight_decay": decay} for parameters, decay in usual), *special]
+
+
+def _by_decay(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[tuple[list[nn.Parameter], float]]:
     if settings.decay_vectors:
-        return [{"params": parameters, "weight_decay": decay}]
+        return [(parameters, settings.weight_decay)]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [(matrices, settings.weight_decay), (vectors, 0.0)]
+
+
+def freeze(blocks: Blocks, patterns: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `blocks`, of which the parameters that match one of `patterns` do not learn; tied ones go by their first
+    name.
+    """
+    names = WeakIdKeyDictionary()  # no block stays in memory for its name
+    for name, block in blocks:
+        for inner, parameter in block.named_parameters():
+            first = names.setdefault(parameter, f"{name}.{inner}")
+            if any(fnmatchcase(first, pattern) for pattern in patterns):
+                parameter.requires_grad_(False)
+        yield name, block
+
+
+def check_patterns(blocks: Blocks, settings: OptimizerSettings) -> None:
+    """Check that each pattern of `freeze` and `groups` matches a parameter of `blocks`, and that some learn.
+
+    Raises:
+        SettingsError: a pattern matches none, or none learns.
+    """
+    names = WeakIdKeyDictionary()
+    found: dict[str, bool] = {}
+    for name, block in freeze(blocks, settings.freeze):
+        for inner, parameter in block.named_parameters():
+            found.setdefault(names.setdefault(parameter, f"{name}.{inner}"), parameter.requires_grad)
+    for pattern in settings.freeze:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise SettingsError(f"optimizer.freeze has {pattern}, which matches no parameter: {_list(found)}")
+    rest = [name for name, learns in found.items() if learns]
+    if not rest:
+        raise SettingsError(f"optimizer.freeze is {settings.freeze}: no parameter is left that learns")
+    for pattern in settings.groups:
+        if not any(fnmatchcase(name, pattern) for name in rest):
+            raise SettingsError(
+                f"optimizer.groups has {pattern}, which matches no parameter that learns and is in no group before: "
+                f"{_list(rest)}"
+            )
+        rest = [name for name in rest if not fnmatchcase(name, pattern)]
+
+
+def _list(names: Iterable[str]) -> str:
+    first = list(names)
+    more = len(first) - NUM_NAMES
+    return f"{', '.join(first[:NUM_NAMES]) or 'none is left'}{f' and {more} more' if more > 0 else ''}"
 
 
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings, num_ranks: int) -> float:
@@ -71,8 +140,9 @@ def learning_rate_scale(settings: OptimizerSettings, num_ranks: int) -> int:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate; a group with a factor of its own gets that many times as much."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(FACTOR, 1.0)
 
 
 @cache

@@ -20,7 +20,7 @@ from lockstep.settings.reading import parse_settings
 from lockstep.tasks.task import Evaluation
 from lockstep.training.build import build_task, build_trainer
 from lockstep.training.elastic import ElasticState, Run, check_elastic
-from lockstep.training.hooks import TrainerHook
+from lockstep.training.hooks import NamedHook, TrainerHook
 from lockstep.training.model_file import TensorFileWriter
 from lockstep.training.run_folder import RunFolder, storage_errors
 from lockstep.training.summary import summary_lines, write_summary
@@ -85,6 +85,7 @@ def train(
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
+    named_hooks = cluster.on_every_rank(lambda: [NamedHook(name) for name in settings.hook_names])
     task.try_out()
     RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit must not leave a folder
     begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
@@ -101,7 +102,8 @@ def train(
         inventory = take_inventory(cluster)
         if cluster.is_root and not settings.quiet:
             print(describe_briefly(cluster, inventory), *describe_binding(inventory), sep="\n", flush=True)
-        trainer = build_trainer(cluster, settings, task, folder, begun.resume, state.take_over(cluster), hooks)
+        handover = state.take_over(cluster)
+        trainer = build_trainer(cluster, settings, task, folder, begun.resume, handover, [*hooks, *named_hooks])
         state.trainer = trainer
         cluster.on_root(lambda: folder.begin(settings, inventory, trainer.progress.step))
         cluster.recorder.take_seconds()  # what comes before is the start, not training
@@ -167,5 +169,7 @@ def _finish(
         plot_curves(folder.metrics, folder.path / "curves.png", trainer.task.curves, trainer.task.samples)
     # Last: with it the run is finished.
     num_parameters = trainer.strategy.num_parameters
-    summary = write_summary(folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks)
+    summary = write_summary(
+        folder, merged, num_parameters, evaluation, trainer.progress, seconds, peaks, trainer.judgement
+    )
     print(*summary_lines(folder, summary, trainer.task.samples), evaluation, sep="\n")

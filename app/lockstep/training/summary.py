@@ -36,11 +36,13 @@ def write_summary(
     progress: Progress,
     seconds_of_ranks: Sequence[Mapping[str, float]],
     peak_mib_of_ranks: Sequence[float],
+    judgement: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write summary.json and evaluation.json; returns the content of the first.
 
     Args:
         seconds_of_ranks: of each rank, by phase.
+        judgement: of an early stop and of the best checkpoint.
 
     Raises:
         StorageError: it cannot be written.
@@ -61,6 +63,7 @@ def write_summary(
         "training_seconds": round(progress.seconds, 3),
         "num_samples": progress.num_samples,
         "samples_per_second": round(progress.samples_per_second, 1),
+        **judgement,
     }
     folder.write_json(EVALUATION, {**evaluation.counts, **evaluation.details})
     folder.write_json(SUMMARY, summary)  # last: a run folder with one is finished
@@ -84,6 +87,11 @@ def summary_lines(folder: RunFolder, summary: Mapping[str, Any], samples: str) -
         rows["Time"] = ", ".join(f"{group} {share:.0%}" for group, share in shares.items() if share >= 0.005)
     if (lost := summary["share_lost_waiting_for_it"]) >= TOLD_IF_LOST:
         rows["Slowest"] = f"rank {summary['slowest_rank']}: {lost:.0%} of all ranks' time went into waiting for it"
+    if why := summary.get("stopped_early"):
+        rows["Stopped"] = f"early: {why}"
+    if best := summary.get("best"):
+        scores = ", ".join(f"{name} {value}" for name, value in best.items() if name != "update")
+        rows["Best"] = f"after update {best['update']}, {scores}"
     rows["Model"] = f"{folder.path / MODEL}, {summary['num_parameters']:,} parameters"
     rows["Report"] = suggest("report", folder.path)
     return [f"{name:<9}{value}" for name, value in rows.items()]

@@ -23,14 +23,22 @@ from lockstep.runtime.errors import (
 from lockstep.runtime.seeding import random_state_digest, update_seed
 from lockstep.settings import Settings
 from lockstep.tasks.task import Evaluation, Task
-from lockstep.training.checkpoint import Checkpoint, InMemoryCheckpoint, latest_checkpoint
+from lockstep.training.checkpoint import FOLDER as CHECKPOINTS
+from lockstep.training.checkpoint import (
+    Checkpoint,
+    InMemoryCheckpoint,
+    first_checkpoint,
+    latest_checkpoint,
+    remove_others,
+)
 from lockstep.training.checkpoint_writer import CheckpointWriter
+from lockstep.training.held_out_scores import HeldOutScores
 from lockstep.training.history import immutable_settings
 from lockstep.training.hooks import TrainerHook
 from lockstep.training.optim import learning_rate_at, set_learning_rate
 from lockstep.training.profiling import Profiler
 from lockstep.training.progress import MetricAccumulator, Progress
-from lockstep.training.run_folder import RunFolder
+from lockstep.training.run_folder import RunFolder, json_number
 from lockstep.training.run_logger import RootRunLogger, RunLogger
 from lockstep.training.sample_ledger import SampleLedger, last_attempt
 
@@ -47,6 +55,7 @@ class Trainer:
         folder: the run folder.
         hooks: called before and after updates, at checkpoints and at the end.
         writer: of checkpoints.
+        judgement: what summary.json says of an early stop and of the best checkpoint.
     """
 
     def __init__(
@@ -81,6 +90,9 @@ class Trainer:
         self.progress = Progress()
         self._saved_step = -1
         self._told_of: set[str] = set()
+        self._early = HeldOutScores.of(settings.stop.early_criterion)
+        self._best = HeldOutScores.of(settings.checkpoint.best_criterion)
+        self.judgement: dict[str, Any] = {}
         of_task = task.immutable_settings(self.loader, grid.num_replicas)
         self._immutable_settings = immutable_settings(settings, of_task, grid.num_replicas)
         mark = self._resume(handover) if handover or resume else 0
@@ -106,8 +118,12 @@ class Trainer:
         Args:
             stop: asked after each update whether to stop.
 
+        Returns:
+            The evaluation of the model that the ranks hold at the end: the last or the best.
+
         Raises:
             NonFiniteError, ReplicasDifferError: on every rank.
+            SettingsError: on every rank: there is no such held-out score as the settings name.
             StoppedError: on every rank: `stop` asked for it, and a checkpoint has been saved.
             StorageError: on the rank that cannot write.
         """
@@ -126,8 +142,15 @@ class Trainer:
                 if every and (epoch + 1) % every == 0:
                     evaluation = self._evaluate(epoch)
                     self._run_logger.say(_first_score(epoch, evaluation))
+                    if self._early and (why := self._early.why_to_stop()) and epoch + 1 < num_epochs:
+                        self._run_logger.say(f"Stopped early: {why}")
+                        self.judgement["stopped_early"] = why
+                        self._profiler.finish(self.progress)
+                        break
             if evaluation is None:
                 evaluation = self._evaluate(num_epochs - 1)
+            if self._best and (best := self._put_best_back(self._best)):
+                evaluation = best
             for hook in self.hooks:
                 hook.at_end(self, evaluation)
             self._enter("checkpoint")
@@ -234,17 +257,50 @@ class Trainer:
             self._run_logger.say_progress(line, self.progress, self.task.samples)
 
     def _evaluate(self, epoch: int) -> Evaluation:
-        """Collective: evaluate the model, or its average, and record the scores."""
+        """Collective: evaluate the model, or its average, judge it, and record the scores."""
+        evaluation, progress = self._evaluation(), self.progress
+        self._tell_of_nan(evaluation.scores)
+        for scores in self._judges.values():
+            scores.add(progress.step, evaluation.scores)
+        is_over = self._early and self._early.why_to_stop() and self._settings.checkpoint.interval
+        if self._saved_step != progress.step and (is_over or (self._best and progress.step in self._best.best)):
+            self.checkpoint()  # before the record: a run that goes on from here evaluates again
+        self._run_logger.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
+        return evaluation
+
+    def _evaluation(self) -> Evaluation:
+        """Collective: evaluate the model, or its average."""
         self._enter("evaluation")
         strategy, grid = self.strategy, self._grid
         forward = partial(strategy.forward, self.task)
         self.writer.wait_for_copy()  # of weights, which are now exchanged with their average
         with strategy.averaged():
-            evaluation = self.task.evaluate(strategy.model, forward, grid.replica, grid.num_replicas)
-        self._tell_of_nan(evaluation.scores)
-        progress = self.progress
-        self._run_logger.record("held_out", progress.step, epoch, progress.num_samples, **evaluation.scores)
-        return evaluation
+            return self.task.evaluate(strategy.model, forward, grid.replica, grid.num_replicas)
+
+    def _put_best_back(self, scores: HeldOutScores) -> Evaluation | None:
+        """Collective: give the ranks the state of the best checkpoint, unless it is the last.
+
+        Returns:
+            Its evaluation, or None if it is the last.
+
+        Raises:
+            StorageError: on every rank: the best checkpoint was altered.
+        """
+        self._enter("checkpoint")
+        self.writer.wait()
+        run, keep = self.folder.path, self._settings.checkpoint.keep
+        self._cluster.on_root(lambda: remove_others(run / CHECKPOINTS, keep, scores.best))
+        ranking = scores.ranking()
+        found = self._cluster.on_root(lambda: first_checkpoint(run, ranking))
+        if found is None:  # no score was a number
+            return None
+        if found.step != ranking[0]:
+            self._tell(f"The checkpoint of update {ranking[0]} was the best, and is gone")
+        self.judgement["best"] = {"update": found.step, scores.criterion.metric: json_number(scores.score(found.step))}
+        if found.step == self.progress.step:
+            return None
+        self.strategy.load_state(found)
+        return self._evaluation()
 
     def _tell_of_nan(self, scores: Mapping[str, float]) -> None:
         """Say once of each score that it is not a number: it is recorded as null, and says nothing."""
@@ -264,7 +320,19 @@ class Trainer:
         epoch, consumed = self.loader.position_after(self.progress.step)
         progress = asdict(self.progress)
         immutable = self._immutable_settings
-        return {"progress": progress, "epoch": epoch, "consumed": consumed, "immutable_settings": immutable}
+        scores = {setting: scores.as_saved() for setting, scores in self._judges.items()}
+        return {
+            "progress": progress,
+            "epoch": epoch,
+            "consumed": consumed,
+            "immutable_settings": immutable,
+            "held_out_scores": scores,
+        }
+
+    @property
+    def _judges(self) -> dict[str, HeldOutScores]:
+        """The scores that decide something, by the settings that ask for them."""
+        return {scores.criterion.setting: scores for scores in (self._early, self._best) if scores}
 
     def checkpoint(self) -> None:
         """Collective: take a checkpoint, from which a run continues exactly as if it had never stopped."""
@@ -280,7 +348,9 @@ class Trainer:
             "metric_sums_of_ranks": [metric_sums for metric_sums, _ in of_ranks],
             "random_state_of_ranks": [state for _, state in of_ranks],  # for certificates; every update seeds its own
         }
-        self.writer.save(self.progress.step, self.strategy.saved_state(), counters, self.strategy.changed_by_forward)
+        best = self._best.best if self._best else []
+        volatile = self.strategy.changed_by_forward
+        self.writer.save(self.progress.step, self.strategy.saved_state(), counters, volatile, best)
         self.loader.after_checkpoint()
         if self.hooks:
             self.writer.wait_for_copy()  # a hook may change the model
@@ -310,6 +380,9 @@ class Trainer:
         self._saved_step = -1 if handover else self.progress.step
         self.loader.epoch, self.loader.consumed = counters["epoch"], counters["consumed"]
         self.metrics.restore(counters["metric_sums_of_ranks"], self._cluster)
+        for setting, saved in counters.get("held_out_scores", {}).items():  # older checkpoints have none
+            if setting in self._judges:
+                self._judges[setting].restore(saved)
         self._tell(f"Goes on after update {found.step} from {found.path}")
         return int(counters["metrics_mark"])
 

@@ -35,6 +35,59 @@ def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
+def test_an_early_stop_and_the_best_model_are_the_same_over_a_kill(tmp_path: Path) -> None:
+    """The accuracy soon reaches 1: the first update with it is the best."""
+    judged = "--checkpoint.best accuracy:max:2 --stop.early accuracy:max:2 --optimizer.learning_rate 0.004"
+    judged = f"{QUICK} --num_epochs 20 --checkpoint.interval 20 {judged}"
+    never = launch(f"{LAUNCH} {judged} --run_dir never", cwd=tmp_path)
+    assert never.returncode == 0, never.output
+    _kill_after_a_checkpoint(f"{LAUNCH} {judged} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("stopped", "never")]
+    for name in ("stopped_early", "best", "accuracy", "loss", "num_updates", "model_digest"):
+        assert summaries[0][name] == summaries[1][name], name
+    best, num_updates = summaries[0]["best"], summaries[0]["num_updates"]
+    assert best["update"] < num_updates < 20 * 30
+    assert best["accuracy"] == summaries[0]["accuracy"]
+    assert f"after update {best['update']}, accuracy {best['accuracy']}" in resumed.stdout
+    assert _sha256(tmp_path / "stopped" / "model.safetensors") == _sha256(tmp_path / "never" / "model.safetensors")
+    checkpoints = [[path.name for path in list_checkpoints(tmp_path / run)] for run in ("stopped", "never")]
+    assert checkpoints[0] == checkpoints[1]
+    merge = launch(f"lockstep merge stopped --step {best['update']} --out best.safetensors", cwd=tmp_path)
+    assert merge.returncode == 0, merge.output
+    assert summaries[0]["model_digest"] in merge.stdout
+
+
+KILLER = """
+import os
+import signal
+from lockstep import TrainerHook
+
+class Kill(TrainerHook):
+    def before_update(self, trainer, item):
+        if trainer.progress.step == int(os.environ.get("KILL_AT", "-1")):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.thorough
+def test_an_agents_best_checkpoint_is_the_same_over_a_kill(tmp_path: Path) -> None:
+    """The environments are reset after each checkpoint: best ones, too, are taken at the same updates."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    train = f"mpirun -np 2 python {shlex.quote(str(TRAIN))} --hooks killer.Kill"
+    judged = "--ppo.total_steps 12000 --evaluate_every 2 --checkpoint.interval 3 --checkpoint.best return:max:2"
+    judged = f"--config cartpole {judged} --env.num_evaluation_episodes 6"
+    assert launch(f"{train} {judged} --run_dir never", cwd=tmp_path).returncode == 0
+    assert launch(f"env KILL_AT=5 {train} {judged} --run_dir stopped", cwd=tmp_path).returncode != 0
+    resumed = launch(f"{train} --resume --run_dir stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("stopped", "never")]
+    assert summaries[0]["best"] == summaries[1]["best"]
+    for file in ("model.safetensors", "metrics.jsonl"):
+        assert _sha256(tmp_path / "stopped" / file) == _sha256(tmp_path / "never" / file)
+
+
 @pytest.mark.thorough
 def test_a_checkpoint_with_a_flipped_byte_is_skipped_for_the_one_before(tmp_path: Path) -> None:
     quick = "--data.name synthetic --data.num_samples 64 --data.batch_size 16 --checkpoint.interval 2"

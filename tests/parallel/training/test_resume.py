@@ -278,6 +278,8 @@ def test_the_optimizer_waits_for_the_copy_of_a_checkpoint(
         ({"data": replace(SETTINGS.data, batch_size=9)}, "the global batch"),
         ({"data": replace(SETTINGS.data, num_samples=60)}, "the number of samples is 60 and was 50"),
         ({"optimizer": ADAM.optimizer}, "optimizer.name is adam and was sgd"),
+        ({"optimizer": replace(SETTINGS.optimizer, freeze=["conv1.*"])}, r"optimizer.freeze is \['conv1.\*'\] and was"),
+        ({"optimizer": replace(SETTINGS.optimizer, groups={"conv1.*": {"weight_decay": 0.0}})}, "optimizer.groups is"),
         ({"model": replace(SETTINGS.model, dropout1=0.0)}, "model is"),
         ({"checks": replace(SETTINGS.checks, ledger=False)}, "checks.ledger is False and was True"),
     ],

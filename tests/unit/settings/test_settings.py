@@ -40,10 +40,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
     assert (settings.data.batch_size, settings.seed, settings.num_epochs) == (17, 2, 4)
 
 
+GROUPS = (
+    "--optimizer.freeze",
+    '["a.*"]',
+    "--optimizer.groups",
+    '{"b.*": {weight_decay: 0}, "*": {learning_rate_factor: 2}}',
+)
+
+
 def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
-    settings, _ = parse_settings(["--config", "reference", "--seed", "5", "--data.batch_size_per_rank", "4"])
+    settings, _ = parse_settings(["--config", "reference", "--seed", "5", "--data.batch_size_per_rank", "4", *GROUPS])
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(tmp_path / "settings.yaml") == settings
+    assert list(settings.optimizer.groups) == ["b.*", "*"]
     assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == (settings, False)
 
 
@@ -66,6 +75,14 @@ def test_settings_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
         (["--parallel", "zero2", "--gradient.wire", "bf16"], "gradient.wire is bf16: it does not go with zero2"),
         (["--parallel", "zero3", "--model.compile", "true"], "model.compile is True: it does not go with zero3"),
         (["--parallel", "zero4"], "zero4"),
+        (
+            ["--optimizer.groups", '{"a.*": {lr: 2}}'],
+            r"optimizer.groups of a.\* is .* learning_rate_factor, weight_decay",
+        ),
+        (["--optimizer.groups", '{"a.*": {learning_rate_factor: 0}}'], "above 0"),
+        (["--stop.early", "loss"], "stop.early is loss: a held-out score, min or max, and a number"),
+        (["--checkpoint.best", "loss:min:0"], "checkpoint.best is loss:min:0"),
+        (["--stop.early", "loss:min:2", "--evaluate_every", "0"], "it needs evaluations on the way: evaluate_every"),
         (["--optimizer.step_at", "[0.7, 0.5]"], "rising shares of the run"),
         (["--data.std", "[0.0]"], "data.std"),
         (["--data.name", "cifar11"], "or a data set of your own"),

@@ -50,6 +50,12 @@ def test_the_lines_say_what_was_done_where_the_time_went_and_what_to_do_next() -
     ]
 
 
+def test_an_early_stop_and_the_best_update_are_told() -> None:
+    judged = {"stopped_early": "no better loss in 3 evaluations", "best": {"update": 42, "loss": 0.5}}
+    lines = summary_lines(RunFolder(Path("run")), {**SUMMARY, **judged}, "images")
+    assert {"Stopped  early: no better loss in 3 evaluations", "Best     after update 42, loss 0.5"} < {*lines}
+
+
 @pytest.mark.parametrize(("lost", "told"), [(0.049, False), (0.05, True)])
 def test_a_slow_rank_is_told_if_it_cost_something(lost: float, told: bool) -> None:
     lines = summary_lines(RunFolder(Path("run")), {**SUMMARY, "share_lost_waiting_for_it": lost}, "images")
