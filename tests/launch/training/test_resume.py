@@ -41,7 +41,7 @@ def test_an_early_stop_and_the_best_model_are_the_same_over_a_kill(tmp_path: Pat
     judged = f"{QUICK} --num_epochs 20 --checkpoint.interval 20 {judged}"
     never = launch(f"{LAUNCH} {judged} --run_dir never", cwd=tmp_path)
     assert never.returncode == 0, never.output
-    _kill_after_a_checkpoint(f"{LAUNCH} {judged} --run_dir stopped", tmp_path / "stopped", tmp_path)
+    kill_after_a_checkpoint(f"{LAUNCH} {judged} --run_dir stopped", tmp_path / "stopped", tmp_path)
     resumed = launch(f"{LAUNCH} --resume --run_dir stopped", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.output
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("stopped", "never")]
