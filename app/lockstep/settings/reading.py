@@ -43,6 +43,7 @@ SETTINGS_FILE = "settings.yaml"
 TRAINS = "Trains synchronously over every rank of the job, then merges the model on rank 0."
 
 GROUPS = {"options", "model.vit", *(item.name for item in fields(Settings) if is_dataclass(item.type))}
+BY_PATTERN = ("optimizer.groups",)  # whose keys are no names of settings
 T = TypeVar("T")
 
 NO_FILE_NAME = "\n#" + 300 * "-"  # makes a text longer than any file name, so that jsonargparse opens no such file
@@ -252,7 +253,8 @@ def _with_new_names(args: Sequence[str]) -> list[str]:
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        is_group = isinstance(value, Mapping) and prefix + name not in BY_PATTERN
+        flat |= _flat(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
     return flat
 
 

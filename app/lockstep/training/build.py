@@ -19,7 +19,7 @@ from lockstep.settings import TASKS, Settings
 from lockstep.tasks.task import Task
 from lockstep.training.checkpoint import InMemoryCheckpoint
 from lockstep.training.hooks import TrainerHook
-from lockstep.training.optim import build_optimizer, check_patterns, freeze
+from lockstep.training.optim import build_optimizer, freeze
 from lockstep.training.run_folder import RunFolder, load_into
 from lockstep.training.trainer import Trainer
 
@@ -90,12 +90,9 @@ def build_strategy(cluster: Cluster, settings: Settings, task: Task, grid: RankG
     """Collective: build the model and the strategy that places it on the ranks.
 
     Raises:
-        SettingsError: on every rank: the number of ranks or the model does not fit the settings, or a pattern
-            matches no parameter.
+        SettingsError: on every rank: the number of ranks or the model does not fit the settings.
     """
     optimizer = settings.optimizer
-    if optimizer.freeze or optimizer.groups:
-        cluster.on_root(lambda: check_patterns(task.model_blocks(), optimizer))
 
     def blocks() -> Blocks:
         return freeze(task.model_blocks(), optimizer.freeze)

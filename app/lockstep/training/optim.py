@@ -92,6 +92,8 @@ def check_patterns(blocks: Blocks, settings: OptimizerSettings) -> None:
     Raises:
         SettingsError: a pattern matches none, or none learns.
     """
+    if not settings.freeze and not settings.groups:
+        return
     names = WeakIdKeyDictionary()
     found: dict[str, bool] = {}
     for name, block in freeze(blocks, settings.freeze):

@@ -22,6 +22,7 @@ from lockstep.training.build import build_task, build_trainer
 from lockstep.training.elastic import ElasticState, Run, check_elastic
 from lockstep.training.hooks import NamedHook, TrainerHook
 from lockstep.training.model_file import TensorFileWriter
+from lockstep.training.optim import check_patterns
 from lockstep.training.run_folder import RunFolder, storage_errors
 from lockstep.training.summary import summary_lines, write_summary
 from lockstep.training.trainer import Trainer
@@ -87,7 +88,8 @@ def train(
     task = build_task(settings, cluster)
     named_hooks = cluster.on_every_rank(lambda: [NamedHook(name) for name in settings.hook_names])
     task.try_out()
-    RankGrid.of(settings, cluster.rank, cluster.size)  # a number of ranks that does not fit must not leave a folder
+    cluster.on_root(lambda: check_patterns(task.model_blocks(), settings.optimizer))
+    RankGrid.of(settings, cluster.rank, cluster.size)  # what does not fit must not leave a folder
     begun = state.run = known or cluster.on_root(lambda: Run.open(settings, resume, cluster.is_elastic))
     folder = begun.folder
     if begun.is_finished:
