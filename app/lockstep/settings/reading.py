@@ -4,6 +4,7 @@ Sources, each overriding the ones before: the defaults, the environment (`LOCKST
 file or preset (`--config`), and the command line (`--data.name mnist`).
 """
 
+import json
 import os
 import shlex
 import sys
@@ -191,6 +192,21 @@ def _options_of(task: str) -> type[Any] | None:
     return options
 
 
+def build_options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Build the dataclass of a task's own settings from what the settings hold of it.
+
+    Raises:
+        SettingsError: a name or a value is wrong.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "options")
+    try:
+        built: T = parser.instantiate(parser.parse_object({"options": dict(given)})).options
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise SettingsError(f"options: {error}") from error
+    return built
+
+
 def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]:
     """Read settings and the further `options` (a dataclass) of a benchmark from `args` and the environment.
 
@@ -339,7 +355,7 @@ def _settings_of(namespace: Any) -> Settings:
     values = {item.name: namespace[item.name] for item in fields(Settings)}
     own = values["options"]
     if is_dataclass(own) and not isinstance(own, type):
-        values["options"] = asdict(own)
+        values["options"] = json.loads(json.dumps(asdict(own), default=str))  # as a file will hold them
     return Settings(**values)
 
 

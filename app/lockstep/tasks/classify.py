@@ -131,10 +131,6 @@ class Classify(SupervisedTask):
         return Evaluation(scores, len(self.held_out), details)
 
     @override
-    def immutable_settings(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
-        return {"data.name": self.settings.data.name, **super().immutable_settings(loader, num_shards)}
-
-    @override
     def pictures(self, model: nn.Module) -> Pictures:
         """Show the misclassified samples whose true class got the lowest probability."""
         found = [(self.outputs(model, batch.inputs), batch.data[1]) for batch in self.held_out_batches()]

@@ -3,6 +3,7 @@
 All else is the same for every such task: sharding, loading, exact means over the ranks, evaluation.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from lockstep.runtime.errors import DataError, SettingsError, UserCodeError
 from lockstep.runtime.seeding import seed_model
 from lockstep.runtime.user_code import call
 from lockstep.settings import Settings
+from lockstep.settings.reading import build_options
 from lockstep.tasks.metric_sums import Metric, MetricLayout, Number, check_metrics
 from lockstep.tasks.pictures import Pictures
 from lockstep.tasks.task import Forward, Task, evaluating
@@ -271,9 +273,10 @@ class SupervisedTask(Task):
 
     def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
         num_samples, _, weight = metric_sums[:3]
-        if self.weight_per_sample is not None and weight != num_samples * self.weight_per_sample:
+        known = self.weight_per_sample
+        if known is not None and not math.isclose(weight, num_samples * known, rel_tol=1e-6):
             raise UserCodeError(
-                f"{self._named('weight_per_sample')} is {self.weight_per_sample}, and its loss gave {num_samples:.0f} "
+                f"{self._named('weight_per_sample')} is {known}, and its loss gave {num_samples:.0f} "
                 f"samples the weight {weight}: set weight_per_sample to None"
             ).as_shared()
         means, counts = self._train_layout.unpack(torch.tensor(metric_sums[1:], dtype=torch.float64))
@@ -287,6 +290,7 @@ class SupervisedTask(Task):
     @override
     def immutable_settings(self, loader: BatchLoader, num_shards: int) -> dict[str, Any]:
         return {
+            "data.name": self.settings.data.name,
             "options": dict(self.settings.options),
             "data.sharding": self.settings.data.sharding,
             "the number of samples": loader.num_samples,
@@ -312,7 +316,8 @@ class SupervisedTask(Task):
                 if (outputs := forward(batch.inputs)) is not None and len(batch):
                     sums += layout.pack(self._held_out_metrics(outputs, batch.data), sums.device)
         means, counts = layout.unpack(self.cluster.sum_(sums, name="evaluation").cpu())
-        return self.evaluation_of({**means, **self.scores_of_counts(counts)}, counts)
+        nothing = {name: math.nan for name, shape in layout.shapes.items() if shape is None and name not in means}
+        return self.evaluation_of({**means, **nothing, **self.scores_of_counts(counts)}, counts)
 
     def evaluation_of(self, scores: dict[str, float], counts: Mapping[str, Tensor]) -> Evaluation:
         """Make the result of an evaluation from its scores, and from counts over all held-out samples."""
@@ -390,9 +395,9 @@ class SupervisedTask(Task):
                 raise SettingsError(f"{type(self).__name__} has no settings of its own (Options): {given}").as_shared()
             return None
         try:
-            return self.Options(**given)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"options of {type(self).__name__}: {error}").as_shared() from error
+            return build_options(self.Options, given)
+        except SettingsError as error:
+            raise error.as_shared() from None
 
     def _load(self) -> tuple[DataSet, DataSet]:
         name, data = self._named("data_set"), self.settings.data

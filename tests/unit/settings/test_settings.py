@@ -1,13 +1,13 @@
 """Settings: read from all sources, checked, refused with one sentence, saved and read back."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from lockstep.runtime.errors import ExitCode, SettingsError
 from lockstep.settings import Settings
-from lockstep.settings.reading import PRESETS, dump_settings, load_settings, parse_settings
+from lockstep.settings.reading import PRESETS, build_options, dump_settings, load_settings, parse_settings
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -170,3 +170,25 @@ def test_the_global_batch_is_said_either_way() -> None:
     data = Settings().data
     assert replace(data, batch_size=32).global_batch_size(num_ranks=4) == 32
     assert replace(data, batch_size_per_rank=8).global_batch_size(num_ranks=4) == 32
+
+
+@dataclass(frozen=True)
+class _Inner:
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Settings of a task."""
+
+    size: tuple[int, int] = (3, 4)
+    inner: _Inner = field(default_factory=_Inner)
+
+
+def test_a_tasks_own_settings_are_built_as_they_are_declared() -> None:
+    """From what a file holds of them: lists and dictionaries."""
+    assert build_options(_Options, {}) == _Options()
+    assert build_options(_Options, {"size": [5, 6], "inner": {"depth": 7}}) == _Options((5, 6), _Inner(7))
+    for wrong in ({"sizes": [5, 6]}, {"size": "large"}):
+        with pytest.raises(SettingsError, match=r"(?s)^options: .*size"):
+            build_options(_Options, wrong)
