@@ -89,6 +89,7 @@ class SupervisedTask(Task):
         sets = cluster.on_every_rank(self._load)
         self.train_set, self.held_out = (each.to(cluster.device) for each in sets)
         self._layouts: tuple[MetricLayout, MetricLayout] | None = None
+        self._usual_weight = 1.0
 
     # -- what makes a problem --------------------------------------------------------------------------------------
 
@@ -191,11 +192,11 @@ class SupervisedTask(Task):
             UserCodeError: on every rank: the model, the loss or the metrics do not fit.
         """
         if self._layouts is None:
-            layouts = self.cluster.on_root(self._try_out)
-            self._layouts = MetricLayout(layouts[0]), MetricLayout(layouts[1])
+            train, held_out, self._usual_weight = self.cluster.on_root(self._try_out)
+            self._layouts = MetricLayout(train), MetricLayout(held_out)
 
-    def _try_out(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the shapes of training and held-out metrics."""
+    def _try_out(self) -> tuple[dict[str, Any], dict[str, Any], float]:
+        """Return the shapes of training and held-out metrics, and what a sample weighs, about."""
         ids = np.arange(min(NUM_TRIED, len(self.train_set)))
         batch = next(self.train_set.batches([ids], self.dtype))
         outputs = call(self._named("inputs"), lambda: self.inputs(batch))
@@ -205,12 +206,15 @@ class SupervisedTask(Task):
                 learns = learns or any(parameter.requires_grad for parameter in block.parameters())
                 forward = partial(self.outputs, block.eval(), outputs)
                 outputs = call(f"{self._network_name()}, block {name}, given {_shapes(outputs)},", forward)
-            metrics = self._train_metrics(outputs, batch, *self._checked_loss(outputs, batch))
+            loss, weight = self._checked_loss(outputs, batch)
+            metrics = self._train_metrics(outputs, batch, loss, weight)
             held_out = self._held_out_metrics(outputs, batch)
         if not learns:
             raise UserCodeError(f"{self._network_name()} has no parameters to learn")
         self._check_criteria(held_out)
-        return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes)
+        weight_of_one = self.weight_per_sample or float(weight) / len(ids)
+        usual = weight_of_one if 0 < weight_of_one < math.inf else 1.0
+        return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes), usual
 
     def _check_criteria(self, metrics: Mapping[str, Metric]) -> None:
         """Check that the scores exist by which the run is to be judged, as far as the metrics of a few samples tell.
@@ -264,12 +268,13 @@ class SupervisedTask(Task):
         with torch.no_grad():
             metrics = self._train_layout.pack(self._train_metrics(outputs, batch.data, loss, weight), loss.device)
             num_samples = torch.full_like(metrics[:1], len(batch))
-        if self.weight_per_sample is not None:
-            loss = loss / self.weight_per_sample
-        return loss, torch.cat([num_samples, metrics])
+        return loss / self._usual_weight, torch.cat([num_samples, metrics])
 
     def weight(self, metric_sums: Tensor) -> Tensor | None:
-        return None if self.weight_per_sample is not None else metric_sums[2]
+        """The weight in units of what a sample usually weighs: gradients keep the size of a mean, so that those of many
+        pixels or tokens can be sent in two bytes.
+        """
+        return None if self.weight_per_sample is not None else metric_sums[2] / self._usual_weight
 
     def scores(self, metric_sums: Sequence[float]) -> dict[str, float]:
         num_samples, _, weight = metric_sums[:3]

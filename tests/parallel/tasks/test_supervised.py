@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from torch import Tensor
 from lockstep.comm.cluster import Cluster
 from lockstep.runtime.errors import SettingsError, UserCodeError
 from lockstep.settings import DataSettings, GradientSettings, OptimizerSettings, Settings
-from lockstep.tasks.supervised import Evaluation
+from lockstep.tasks.supervised import Evaluation, SupervisedTask
 from lockstep.training.build import build_task, build_trainer
 from lockstep.training.run_folder import RunFolder
 from tests.parallel.building import merged_model
-from tests.reference.problems import Weather
+from tests.reference.problems import Weather, weather
 
 TOLERANCE = 1e-10
 NUM_UPDATES = 12  # of 130 samples in batches of 25: the last of an epoch has 5
@@ -80,6 +81,12 @@ def _cases(soon: set[tuple[int, str]]) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize(("size", "how"), _cases({(2, "replicated"), (3, "zero1"), (3, "zero3"), (4, "zero2")}))
+def test_a_weighted_loss_of_two_inputs(cluster: Cluster, size: int, how: Any, tmp_path: Path) -> None:
+    assert cluster.size == size
+    _assert_same(cluster, replace(SETTINGS, parallel=how), tmp_path)
+
+
 @pytest.mark.parametrize(("size", "how"), _cases({(3, "replicated"), (2, "zero3")}))
 def test_regression(cluster: Cluster, size: int, how: Any, tmp_path: Path) -> None:
     assert cluster.size == size
@@ -123,6 +130,30 @@ def test_without_any_weight_the_update_is_skipped(cluster: Cluster, wire: Any, t
     if run.merged is not None:
         untouched = build_task(settings, Cluster.alone()).build_model().state_dict()
         assert all(torch.equal(run.merged[name], tensor) for name, tensor in untouched.items())
+
+
+@pytest.mark.world_size(2)
+def test_heavy_samples_are_sent_in_two_bytes(cluster: Cluster, tmp_path: Path) -> None:
+    """Sums of a million times the mean overflow float16, whose largest number is 65,504."""
+    settings = replace(SETTINGS, task=f"{OWN}Weather", precision="float32", gradient=GradientSettings(wire="fp16"))
+    runs = [
+        Run(cluster, replace(settings, task=f"{OWN}{task}"), cluster.on_root(lambda: tmp_path / task))  # noqa: B023
+        for task in ("Weather", "Heavy")
+    ]
+    losses = [[record["loss"] for record in run.curves] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # of the eleven bits of float16
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.world_size(1)
+def test_a_part_of_the_training_data_is_held_out(cluster: Cluster) -> None:
+    task = build_task(replace(SETTINGS, task=f"{OWN}Split", data=DataSettings(held_out_share=0.3)), cluster)
+    assert isinstance(task, SupervisedTask)
+    left = [
+        next(part.batches([np.arange(len(part))], torch.float64))["left"] for part in (task.train_set, task.held_out)
+    ]
+    assert torch.equal(torch.cat(left).sort(0).values, weather(train=True)["left"].sort(0).values)
+    assert 25 < len(task.held_out) < 55
 
 
 @pytest.mark.world_size(2)
