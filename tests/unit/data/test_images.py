@@ -180,6 +180,27 @@ def test_a_data_set_of_ones_own(own: ModuleType, monkeypatch: pytest.MonkeyPatch
         list(load_images(DataSettings(name="my_own_data.Own"), train=True).batches([np.arange(4)], F64))
 
 
+def test_a_data_set_of_hugging_faces_form(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items are dictionaries, and the names of the classes are those of a feature."""
+
+    class Features:
+        names = ("cat", "dog", "eel")
+
+    class Faces(_Own):
+        features = {"img": None, "label": Features}  # noqa: RUF012
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return {"img": image, "label": label}
+
+    monkeypatch.setattr(own, "Own", Faces)
+    images = load_images(DataSettings(name="my_own_data.Own", mean=[0.0], std=[1.0]), train=True)
+    assert (list(images.classes), images.shape, len(images)) == (["cat", "dog", "eel"], (1, 12, 12), 7)
+    inputs, labels = next(images.batches([np.array([6, 1])], F64))
+    assert labels.tolist() == [0, 1]
+    assert (inputs[:, 0, 0, 0] * 255).round().tolist() == [60, 10]
+
+
 def test_cifar_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files in the real format; only torchvision's checks of their content are disabled."""
     import pickle
