@@ -137,7 +137,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         pytest.param(1, "tensors", marks=pytest.mark.thorough),
         pytest.param(2, "Items", marks=pytest.mark.thorough),
         (3, "Items"),
-        (4, "tensors"),
+        pytest.param(4, "tensors", marks=pytest.mark.thorough),
     ],
 )
 def test_the_rows_are_those_of_a_plain_loop_on_any_number_of_ranks(num_ranks: int, data: str, trained: Path) -> None:
@@ -155,6 +155,7 @@ def test_the_rows_are_those_of_a_plain_loop_on_any_number_of_ranks(num_ranks: in
     assert _metadata(trained / "found.safetensors") == {"format": "pt", "num_samples": 37}
 
 
+@pytest.mark.thorough
 def test_fewer_samples_than_ranks_and_the_held_out_ones(trained: Path) -> None:
     found = _predict(trained, "--data my_task.Items --root 2 --output few.safetensors", 3)
     assert found["number"].tolist() == [0, 1]
@@ -165,13 +166,23 @@ def test_fewer_samples_than_ranks_and_the_held_out_ones(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("--data my_task.Items --root 0", 3, "my_task.Items gave a data set without samples"),
+        pytest.param(
+            "--data my_task.Items --root 0",
+            3,
+            "my_task.Items gave a data set without samples",
+            marks=pytest.mark.thorough,
+        ),
         (
             "--data my_task.Broken --root 37",
             3,
             "sample 20 of my_task.Broken cannot be used: KeyError: 'no number twenty'",
         ),
-        ("--data my_task.one_input", 9, "the network of my_task.MyTask, given (3, 4) float64, failed: TypeError: "),
+        pytest.param(
+            "--data my_task.one_input",
+            9,
+            "the network of my_task.MyTask, given (3, 4) float64, failed: TypeError: ",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param("--data my_task.Items", 9, "my_task.Items failed: ValueError: ", marks=pytest.mark.thorough),
         pytest.param("--data my_task.nothing", 2, "has no nothing", marks=pytest.mark.thorough),
         pytest.param("--folder run", 2, "--folder is for classify", marks=pytest.mark.thorough),  # it has curves.png
@@ -184,6 +195,7 @@ def test_what_is_wrong_is_told_once(arguments: str, code: int, message: str, tra
     assert not [path for path in trained.iterdir() if "wrong" in path.name]
 
 
+@pytest.mark.thorough
 def test_rows_that_differ_from_batch_to_batch_are_told(trained: Path) -> None:
     settings = (trained / "run" / "settings.yaml").read_text()
     (trained / "uneven").mkdir()
@@ -194,6 +206,7 @@ def test_rows_that_differ_from_batch_to_batch_are_told(trained: Path) -> None:
     _assert_told_once(finished, 9, message)
 
 
+@pytest.mark.thorough
 def test_an_agent_and_a_missing_run_are_told(trained: Path) -> None:
     settings = (trained / "run" / "settings.yaml").read_text()
     (trained / "agent").mkdir()

@@ -35,6 +35,7 @@ def test_a_killed_run_ends_with_the_model_of_one_that_was_not(tmp_path: Path) ->
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.thorough
 def test_an_early_stop_and_the_best_model_are_the_same_over_a_kill(tmp_path: Path) -> None:
     """The accuracy soon reaches 1: the first update with it is the best."""
     judged = "--checkpoint.best accuracy:max:2 --stop.early accuracy:max:2 --optimizer.learning_rate 0.004"
