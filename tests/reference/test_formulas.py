@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from lockstep.parallel.weight_average import exchange_with_average, keep_average
 from lockstep.runtime.seeding import update_seed
 from lockstep.settings import DataSettings, EnvSettings, ModelSettings, OptimizerSettings, PpoSettings, Settings
 from lockstep.tasks.classify import Classify
+from lockstep.tasks.environments import Environments
 from lockstep.tasks.metric_sums import MetricLayout
 from lockstep.tasks.ppo import COUNT, LOSSES, Ppo
 from lockstep.training.optim import learning_rate_at
@@ -214,3 +216,42 @@ def test_rewards_are_clipped_to_their_sign_where_asked() -> None:
         found[clip] = next(task.build_loader(0, 1, strategy).rest_of_epoch()).rewards.flatten().tolist()
     assert found[True] == [math.copysign(1, reward) for reward in found[False]]
     assert min(found[False]) < -1
+
+
+def test_an_agent_is_evaluated_in_other_episodes_than_it_has_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same ones for every seed of a run, so that runs can be compared."""
+    begun: list[list[int]] = []
+    begin = Environments.begin
+
+    def record(self: Environments, seeds: list[int]) -> Any:
+        begun.append(list(seeds))
+        return begin(self, seeds)
+
+    monkeypatch.setattr(Environments, "begin", record)
+    of_evaluations, of_training = [], []
+    for seed in (0, 1):
+        settings = Settings(
+            task="ppo",
+            seed=seed,
+            env=EnvSettings(id="CartPole-v1", num_envs=8, num_evaluation_episodes=4),
+            model=ModelSettings(name="mlp", mlp_widths=[8]),
+            ppo=PpoSettings(num_steps=2, num_minibatches=1),
+        )
+        task = Ppo(settings, Cluster.alone())
+        model = task.build_model()
+        loader = task.build_loader(
+            0, 1, Replicated(model, torch.optim.SGD(model.parameters(), lr=0.1), Cluster.alone())
+        )
+        for _ in range(20):
+            next(loader.rest_of_epoch())
+            loader.epoch += 1
+            loader.after_checkpoint()
+        of_training.append(list(chain(*begun)))
+        begun.clear()
+        task.evaluate(model, lambda inputs: task.outputs(model, inputs), 0, 1)  # noqa: B023
+        of_evaluations.append(list(chain(*begun)))
+        begun.clear()
+    assert of_evaluations[0] == of_evaluations[1]
+    assert len(set(of_evaluations[0])) == 4
+    assert len({*of_training[0], *of_training[1]}) == 2 * 20 * 8  # of other seeds other episodes
+    assert not {*of_training[0], *of_training[1]} & set(of_evaluations[0])

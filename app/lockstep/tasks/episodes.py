@@ -12,7 +12,7 @@ from lockstep.settings import EnvSettings
 from lockstep.tasks.environments import Environments
 
 MAX_ENVS = 50  # environments of a rank that are played at a time
-EVALUATION = 2**30  # the first seed of evaluations, above those of training
+EVALUATION = 2**30  # the first seed of evaluations; training draws its own from 2^31, of which these are a handful
 Generators = Sequence[np.random.Generator]
 Act = Callable[[Any, Generators], Any]
 """A policy: actions (n, ...) for observations (n, ...), with one random generator for each episode."""
