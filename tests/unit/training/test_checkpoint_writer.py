@@ -14,6 +14,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.parallel.replicated import Replicated
 from lockstep.parallel.tensor_slices import State, whole_tensors
 from lockstep.settings import CheckpointSettings, DataSettings, ModelSettings, OptimizerSettings, Settings
+from lockstep.tasks.task import Evaluation
 from lockstep.training.build import build_task, build_trainer
 from lockstep.training.checkpoint import latest_checkpoint
 from lockstep.training.checkpoint_writer import CheckpointWriter
@@ -57,7 +58,7 @@ def test_what_a_forward_pass_changes_is_copied_before_the_next_one(tmp_path: Pat
         assert torch.equal(found[f"model/{name}"], tensor), name
 
 
-def test_an_evaluation_of_averaged_weights_waits_for_the_copy(tmp_path: Path) -> None:
+def test_an_evaluation_of_averaged_weights_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
         num_epochs=2,
         data=DataSettings(name="synthetic", num_samples=32, batch_size=16),
@@ -66,7 +67,15 @@ def test_an_evaluation_of_averaged_weights_waits_for_the_copy(tmp_path: Path) ->
         checkpoint=CheckpointSettings(interval=2),  # just before each evaluation
     )
     cluster = Cluster.alone()
-    trainer = build_trainer(cluster, settings, build_task(settings, cluster), RunFolder(tmp_path))
+    task = build_task(settings, cluster)
+    evaluate = task.evaluate
+
+    def evaluate_long(*arguments: Any) -> Evaluation:
+        time.sleep(0.6)  # longer than the thread takes
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(task, "evaluate", evaluate_long)
+    trainer = build_trainer(cluster, settings, task, RunFolder(tmp_path))
     trainer.train()
     found: dict[str, Any] = _saved(tmp_path)
     for name, tensor in trainer.strategy.model.state_dict().items():
