@@ -93,6 +93,9 @@ def train(
             ended by their watchdog.
     """
     if task is not None:
+        if "<locals>" in task.__qualname__:
+            message = f"{task.__qualname__} is defined in a function, where nobody finds it by its name"
+            raise SettingsError(f"{message}: define it at the top level of a module").as_shared()
         settings = replace(settings, task=f"{task.__module__}.{task.__qualname__}")
     with session() as cluster:
         requests = StopRequests(tell if cluster.is_root else lambda _: None)

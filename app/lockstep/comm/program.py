@@ -27,6 +27,7 @@ from lockstep.runtime.affinity import allowed_cpus, pin_all_threads
 from lockstep.runtime.command_line import suggest
 from lockstep.runtime.errors import ExitCode, LockstepError, SettingsError, StalledError
 from lockstep.runtime.launcher import detect_launcher, mpi_misses_processes, reports_errors
+from lockstep.runtime.user_code import is_theirs, where
 
 JOIN_SECONDS = 300.0
 REPORT_SECONDS = 3.0  # for the process that prints an error: launchers end all processes as soon as one has left
@@ -100,6 +101,8 @@ def abort_for(error: BaseException) -> NoReturn:
         abort(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         abort("interrupted", ExitCode.INTERRUPTED)
+    if isinstance(error, Exception) and is_theirs(error):
+        abort(f"an error in your own code: {where(error)}", ExitCode.USER_CODE)
     # A HorovodInternalError mostly follows from another rank's error, which should be printed first.
     delay = 2.0 if type(error).__name__ == "HorovodInternalError" else 0.0
     abort(f"\n{traceback.format_exc()}", ExitCode.BUG, delay)

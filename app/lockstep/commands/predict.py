@@ -55,7 +55,8 @@ def run(cluster: Cluster) -> None:
         raise SettingsError(message).as_shared()
     files = cluster.on_root(lambda: image_files(arguments.folder)) if arguments.folder else None
     task, model = load_task(settings, folder, cluster)
-    assert isinstance(task, SupervisedTask)
+    if not isinstance(task, SupervisedTask):
+        raise SettingsError(f"{folder.path} has learned {settings.task}, which has no samples to predict").as_shared()
     data_set = cluster.on_every_rank(partial(_data_set, arguments, files, task))
     num_samples = len(task.held_out if data_set is None else data_set)
     if len(found := set(cluster.all_gather_object(num_samples))) > 1:

@@ -29,12 +29,12 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Tree) -> Tree:
 def rows(tree: Tree, start: int, stop: int) -> Tree:
     """Select the rows `start` ... `stop` - 1 of every tensor, array and list of texts of `tree`."""
     if isinstance(tree, Tensor | np.ndarray):
-        return tree[start:stop]
+        return tree[start:stop] if tree.ndim else tree
     if isinstance(tree, Mapping):
         return {name: rows(value, start, stop) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
-        if tree and not any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in tree):
-            return tree[start:stop]
+        if not any(isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) for value in tree):
+            return tree[start:stop] if isinstance(tree, list) else tree  # a list of texts; a tuple such as a size
         return _like(tree, [rows(value, start, stop) for value in tree])
     return tree
 
@@ -44,13 +44,18 @@ def _like(tree: Any, values: list[Tree]) -> Tree:
     return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
+def leaves_of(tree: Tree) -> Iterator[Any]:
+    """Yield every leaf of `tree`, in order: tensors and others."""
+    if isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from leaves_of(value)
+    else:
+        yield tree
+
+
 def tensors_of(tree: Tree) -> Iterator[Tensor]:
     """Yield every tensor of `tree`, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping | list | tuple):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from tensors_of(value)
+    yield from (leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor))
 
 
 def named_tensors(tree: Tree, name: str, inside: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ p is the stream function. Derivatives are spectral, products are dealiased by th
 time steps are Runge and Kutta's of order 4. A sample is a random smooth field and what becomes of it.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def make_vorticity(root: Path) -> None:
     file = _file(root)
     if not file.exists():
         root.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part")
+        temporary = file.with_suffix(f".{os.getpid()}.part")  # another job may be making it, too
         save_file(_solve(), temporary)
         temporary.replace(file)
 

@@ -19,6 +19,7 @@ from lockstep.models.block_sequence import BlockSequence
 from lockstep.parallel.merge import meta_state_of, shard_model, state_tensors
 from lockstep.parallel.strategy import Blocks
 from lockstep.parallel.tensor_slices import TensorSlice
+from lockstep.runtime.errors import UserCodeError
 
 
 @dataclass(frozen=True)
@@ -397,8 +398,12 @@ class ShardedModel:
     def _after_forward(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if self._stage == 3:
             self._units[index].reshard()
-        if index == len(self._units) - 1:
-            for tensor in tensors_of(output):
+        if index == len(self._units) - 1 and torch.is_grad_enabled():
+            tensors = [*tensors_of(output)]
+            if not tensors:
+                needed = "zero2 and zero3 need a tensor, or a tuple or dictionary of tensors"
+                raise UserCodeError(f"the network gave {type(output).__name__}: {needed}")
+            for tensor in tensors:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self._from_output, index))
 

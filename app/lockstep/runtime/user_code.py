@@ -29,12 +29,28 @@ def call(what: str, function: Callable[[], T]) -> T:
         raise UserCodeError(f"{what} failed: {where(error)}") from error
 
 
+def is_theirs(error: Exception) -> bool:
+    """Whether an exception comes from a user's own code, or from a library that their code has called."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if OURS in path.parents or path.parent == OURS.parent:
+            return False
+        if _is_a_users(path):
+            return True
+    return False
+
+
 def where(error: Exception) -> str:
     """Describe an exception, with the last lines of the user's own files that it has passed."""
-    installed = (OURS, Path(sys.prefix), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")))
     frames = [
         f"\n  {frame.filename}, line {frame.lineno}: {frame.line}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(folder in Path(frame.filename).parents for folder in installed) and Path(frame.filename).exists()
+        if _is_a_users(Path(frame.filename))
     ]
     return f"{type(error).__name__}: {error}{''.join(frames[-NUM_LINES:])}"
+
+
+def _is_a_users(path: Path) -> bool:
+    installed = (OURS, Path(sys.prefix), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")))
+    inside = any(folder in path.parents for folder in installed) or path.parent == OURS.parent
+    return not inside and path.exists()

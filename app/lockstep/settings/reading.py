@@ -9,11 +9,11 @@ import os
 import shlex
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import (  # type: ignore[attr-defined]  # exported, but not in its __all__
@@ -62,12 +62,14 @@ class _Parser(ArgumentParser):
     Attributes:
         sources: those files.
         has_own_options: the settings of a user's own task are arguments of it, one by one.
+        not_files: names of groups of settings, none of which may be given as a file.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.sources: list[Source] = []
         self.has_own_options = False
+        self.not_files = GROUPS
 
     def read(self, path: Path) -> str:
         """Read a settings file, which must not refer to other files.
@@ -86,7 +88,7 @@ class _Parser(ArgumentParser):
         for name, value in _with_groups(content):
             if name in COMMANDS:
                 raise TypeError(f"{path} gives {name}, which is for the command line only")
-            if name in GROUPS and isinstance(value, str):
+            if name in self.not_files and isinstance(value, str):
                 raise TypeError(f"{path} gives {name} as {value}: it must say itself what is in that group")
         if (renamed := rename_in_file(content)) != content:
             source = replace(source, text=yaml.safe_dump(renamed, sort_keys=False))
@@ -164,7 +166,7 @@ def _parse_settings(args: Sequence[str], options: type[Any] | None = None) -> tu
     parser.add_argument("--resume", action="store_true", help=f"Go on with the run in run_dir, or in {DEFAULT_RUN}.")
     try:
         _refuse_unknown_environment(parser)
-        _refuse_files_of_groups(args)
+        _refuse_files_of_groups(args, parser.not_files)
         parsed = parser.parse_args(args)
         run = parsed.run_dir or (str(DEFAULT_RUN.resolve()) if DEFAULT_RUN.exists() else None)
         if parsed.resume and run:
@@ -175,7 +177,7 @@ def _parse_settings(args: Sequence[str], options: type[Any] | None = None) -> tu
         settings = _settings_of(parser.instantiate(parsed))
         parser.check_trust(settings, args, parsed.get("trust", False))
         return settings, parsed.resume
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
+    except (ArgumentError, TypeError, ValueError, KeyError, OSError) as error:  # KeyError: of an option that is gone
         hint = _nearest_setting(parser, args)
         raise SettingsError(f"{error}{hint}\nAll settings: {_help()}") from error
 
@@ -219,7 +221,7 @@ def parse_benchmark(options: type[T], args: Sequence[str]) -> tuple[Settings, T]
     parser.add_class_arguments(options)
     try:
         _refuse_unknown_environment(parser)
-        _refuse_files_of_groups(args)
+        _refuse_files_of_groups(args, parser.not_files)
         parsed = parser.instantiate(parser.parse_args(args))
         settings = _settings_of(parsed)
         parser.check_trust(settings, args, parsed.get("trust", False))
@@ -296,6 +298,7 @@ def _parser(
         parser.add_class_arguments(Settings, skip={"options"})
         parser.add_class_arguments(options, "options")
         parser.has_own_options = True
+        parser.not_files = GROUPS | _groups_of(options, "options.")
     return parser
 
 
@@ -337,7 +340,7 @@ def _with_groups(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple
             yield from _with_groups(value, f"{prefix}{name}.")
 
 
-def _refuse_files_of_groups(args: Sequence[str]) -> None:
+def _refuse_files_of_groups(args: Sequence[str], groups: Collection[str]) -> None:
     """Raise TypeError if a file is given for a group of settings, such as `--data FILE`: jsonargparse would read it
     without the check of its owner.
     """
@@ -346,9 +349,18 @@ def _refuse_files_of_groups(args: Sequence[str]) -> None:
         (name, value if is_whole else following)
         for (name, is_whole, value), following in zip(typed, [*args[1:], ""], strict=False)
     ]
-    for name, value in [*values, *((group, os.environ.get(_variable(group), "{")) for group in GROUPS)]:
-        if name in GROUPS and not value.startswith("{"):
+    for name, value in [*values, *((group, os.environ.get(_variable(group), "{")) for group in groups)]:
+        if name in groups and not value.startswith("{"):
             raise TypeError(f"{name} is {value}: a file of settings is read by --config alone")
+
+
+def _groups_of(options: type[Any], prefix: str) -> set[str]:
+    """Name the dataclasses within a dataclass of settings, at any depth."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(options).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= {prefix + name, *_groups_of(kind, f"{prefix}{name}.")}
+    return found
 
 
 def _settings_of(namespace: Any) -> Settings:

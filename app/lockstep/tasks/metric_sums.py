@@ -43,7 +43,8 @@ class MetricLayout:
         """
         if (found := MetricLayout.of(metrics)) != self:
             raise UserCodeError(f"the metrics of a batch are {found.shapes}, and were {self.shapes}: all need the same")
-        numbers = [number for value in metrics.values() for number in (value if isinstance(value, tuple) else (value,))]
+        values = [metrics[name] for name in self.shapes]  # in this order, whatever order a batch has them in
+        numbers = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
         return torch.cat([_vector(number, device) for number in numbers])
 
     def unpack(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -87,5 +88,5 @@ def _is_number(value: Any) -> bool:
 
 def _vector(number: Number, device: torch.device) -> Tensor:
     if isinstance(number, Tensor):
-        return number.detach().reshape(-1).double()
+        return number.detach().to(device, torch.float64).reshape(-1)
     return torch.full((1,), number, dtype=torch.float64, device=device)  # as_tensor would wait for a GPU

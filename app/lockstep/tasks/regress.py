@@ -3,6 +3,7 @@
 On the built-in weather-like data set (data/vorticity.py), or on pairs (input, target) of a user's own.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from lockstep.data.vorticity import energy_and_enstrophy, load_vorticity, make_vorticity
 from lockstep.models.field_net import field_net_blocks
-from lockstep.runtime.errors import SettingsError
+from lockstep.runtime.errors import DataError, SettingsError
 from lockstep.runtime.importing import construct, import_object
 from lockstep.tasks.metric_sums import Metric, Number
 from lockstep.tasks.pictures import Pictures
@@ -52,7 +53,11 @@ class Regress(SupervisedTask):
     @override
     def prepare(self) -> None:
         if self.settings.data.name == VORTICITY:
-            make_vorticity(Path(self.settings.data.root))
+            try:
+                make_vorticity(Path(self.settings.data.root))
+            except OSError as error:
+                message = f"data.root is {self.settings.data.root}, where {VORTICITY} cannot be made ({error})"
+                raise DataError(f"{message}: name a folder that you may write and all nodes see") from error
 
     @override
     def data_set(self, train: bool) -> Any:
@@ -117,7 +122,8 @@ class Regress(SupervisedTask):
         if "moments" not in counts:
             return {}
         squares, count, total, total_squares = counts["moments"].tolist()
-        return {"rmse": (squares / count) ** 0.5, "r2": 1 - squares / (total_squares - total**2 / count)}
+        variance = total_squares - total**2 / count
+        return {"rmse": (squares / count) ** 0.5, "r2": 1 - squares / variance if variance > 0 else math.nan}
 
     @override
     def evaluation_of(self, scores: dict[str, float], counts: Mapping[str, Tensor]) -> Evaluation:

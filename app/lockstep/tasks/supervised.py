@@ -3,10 +3,11 @@
 All else is the same for every such task: sharding, loading, exact means over the ranks, evaluation.
 """
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.data.batch import DataBatch, Tree, named_tensors, tensors_of
 from lockstep.data.loader import BatchLoader
 from lockstep.data.sharding import Ids, shard_bounds
-from lockstep.data.tree_set import DataSet, as_data_set, split_by_hash
+from lockstep.data.tree_set import DataSet, as_data_set, seeded, split_by_hash
 from lockstep.parallel.strategy import Strategy
 from lockstep.runtime.errors import DataError, SettingsError, UserCodeError
 from lockstep.runtime.seeding import seed_model
@@ -82,11 +83,18 @@ class SupervisedTask(Task):
         """
         super().__init__(settings, cluster)
         self.options = self._build_options()
+        if self.options is not None:  # with defaults, as a file holds them: so runs can be compared and resumed
+            self.settings = replace(settings, options=json.loads(json.dumps(asdict(self.options), default=str)))
         if settings.gradient.reduction == "adasum" and self.weight_per_sample is None:
             message = "gradient.reduction is adasum, which needs a task whose samples weigh alike (weight_per_sample)"
             raise SettingsError(message).as_shared()
         cluster.on_root(lambda: call(self._named("prepare"), self.prepare))
         sets = cluster.on_every_rank(self._load)
+        lengths = cluster.all_gather_object([len(each) for each in sets])
+        if any(other != lengths[0] for other in lengths):
+            told = ", ".join(f"{train} and {held_out} on rank {rank}" for rank, (train, held_out) in enumerate(lengths))
+            message = f"{self._named('data_set')} gave other numbers of training and held-out samples on other ranks"
+            raise DataError(f"{message}: {told}").as_shared()
         self.train_set, self.held_out = (each.to(cluster.device) for each in sets)
         self._layouts: tuple[MetricLayout, MetricLayout] | None = None
         self._usual_weight = 1.0
@@ -202,19 +210,33 @@ class SupervisedTask(Task):
         outputs = call(self._named("inputs"), lambda: self.inputs(batch))
         learns = False
         with torch.no_grad():
-            for name, block in self.model_blocks():
+            for index, (name, block) in enumerate(self.model_blocks()):
                 learns = learns or any(parameter.requires_grad for parameter in block.parameters())
-                forward = partial(self.outputs, block.eval(), outputs)
+                self._check_between(index, outputs)
+                forward = partial(self.outputs, block.eval(), outputs if index == 0 else (outputs,))
                 outputs = call(f"{self._network_name()}, block {name}, given {_shapes(outputs)},", forward)
             loss, weight = self._checked_loss(outputs, batch)
             metrics = self._train_metrics(outputs, batch, loss, weight)
             held_out = self._held_out_metrics(outputs, batch)
         if not learns:
             raise UserCodeError(f"{self._network_name()} has no parameters to learn")
+        if not held_out:
+            raise UserCodeError(f"{self._named('held_out_metrics')} gave no metric: runs are compared by the first one")
         self._check_criteria(held_out)
         weight_of_one = self.weight_per_sample or float(weight) / len(ids)
         usual = weight_of_one if 0 < weight_of_one < math.inf else 1.0
         return dict(MetricLayout.of(metrics).shapes), dict(MetricLayout.of(held_out).shapes), usual
+
+    def _check_between(self, index: int, inputs: Any) -> None:
+        """Check that the strategy can pass on what block `index` is given.
+
+        Raises:
+            SettingsError: it cannot.
+        """
+        how, first = self.settings.parallel, 1 if self.settings.parallel in ("zero2", "zero3") else 0
+        if how in ("zero2", "zero3", "pipeline") and index >= first and not isinstance(inputs, Tensor):
+            what = "the network's inputs" if index == 0 else f"what block {index + 1} of the network is given"
+            raise SettingsError(f"parallel is {how}, which passes on one tensor, and {what}: {_shapes(inputs)}")
 
     def _check_criteria(self, metrics: Mapping[str, Metric]) -> None:
         """Check that the scores exist by which the run is to be judged, as far as the metrics of a few samples tell.
@@ -321,8 +343,12 @@ class SupervisedTask(Task):
                 if (outputs := forward(batch.inputs)) is not None and len(batch):
                     sums += layout.pack(self._held_out_metrics(outputs, batch.data), sums.device)
         means, counts = layout.unpack(self.cluster.sum_(sums, name="evaluation").cpu())
-        nothing = {name: math.nan for name, shape in layout.shapes.items() if shape is None and name not in means}
-        return self.evaluation_of({**means, **nothing, **self.scores_of_counts(counts)}, counts)
+        of_means = {name: means.get(name, math.nan) for name, shape in layout.shapes.items() if shape is None}
+        evaluation = self.evaluation_of({**of_means, **self.scores_of_counts(counts)}, counts)
+        if not evaluation.scores:
+            message = f"{self._named('held_out_metrics')} gave counts alone: scores_of_counts must make a score of them"
+            raise UserCodeError(message).as_shared()
+        return evaluation
 
     def evaluation_of(self, scores: dict[str, float], counts: Mapping[str, Tensor]) -> Evaluation:
         """Make the result of an evaluation from its scores, and from counts over all held-out samples."""
@@ -406,7 +432,8 @@ class SupervisedTask(Task):
 
     def _load(self) -> tuple[DataSet, DataSet]:
         name, data = self._named("data_set"), self.settings.data
-        train, held_out = (call(name, partial(self.data_set, part)) for part in (True, False))
+        with seeded((self.settings.seed,)):  # what it draws is the same on every rank
+            train, held_out = (call(name, partial(self.data_set, part)) for part in (True, False))
         whole = as_data_set(train, name, self.collate, data.num_workers)
         if held_out is not None:
             return whole, as_data_set(held_out, name, self.collate, data.num_workers)
@@ -446,6 +473,8 @@ class SupervisedTask(Task):
     def _train_metrics(self, outputs: Any, batch: Tree, loss: Tensor, weight: Number) -> dict[str, Metric]:
         name = self._named("metrics")
         found = check_metrics(call(name, lambda: self.metrics(outputs, batch)), name)
+        if "loss" in found:
+            raise UserCodeError(f"{name} gave a metric called loss, which is what the method loss gives: rename it")
         return {"loss": (loss, weight), **found}
 
     def _held_out_metrics(self, outputs: Any, batch: Tree) -> dict[str, Metric]:

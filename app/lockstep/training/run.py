@@ -86,6 +86,7 @@ def train(
     if settings.profile:
         cluster.prepare_timeline()
     task = build_task(settings, cluster)
+    settings = task.settings  # with all of its own
     named_hooks = cluster.on_every_rank(lambda: [NamedHook(name) for name in settings.hook_names])
     task.try_out()
     cluster.on_root(lambda: check_patterns(task.model_blocks(), settings.optimizer))

@@ -74,9 +74,11 @@ def test_the_generators_are_restored_after_an_error() -> None:
         (torch.arange(6.0).view(3, 2), torch.arange(3)),
         {"inputs": torch.arange(6.0).view(3, 2), "label": torch.arange(3)},
         TensorDataset(torch.arange(6.0).view(3, 2), torch.arange(3)),
+        (np.arange(6.0).reshape(3, 2), np.arange(3)),
+        {"inputs": torch.arange(6.0).view(3, 2), "label": np.arange(3)},
         [(torch.arange(2.0) + 2 * index, index) for index in range(3)],
     ],
-    ids=["tuple", "dictionary", "TensorDataset", "list of items"],
+    ids=["tuple", "dictionary", "TensorDataset", "arrays", "both", "list of items"],
 )
 def test_a_data_set_is_a_tree_or_items(value: Any) -> None:
     data = as_data_set(value, "mine")
@@ -97,6 +99,7 @@ class Endless(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("value", "told"),
     [
+        ({"inputs": torch.zeros(3), "names": ["a", "b", "c"]}, "tensors and str"),
         ((torch.zeros(3), torch.zeros(4)), r"tensors of \[3, 4\] rows"),
         (torch.zeros(0, 2), "without samples"),
         ([], "without samples"),
@@ -136,6 +139,7 @@ def test_a_held_out_part_by_hash_is_disjoint_complete_and_nearly_stable() -> Non
 
 
 def test_trees_keep_their_form() -> None:
+    assert rows({"size": (32, 32), "scale": torch.tensor(3.0)}, 0, 1) == {"size": (32, 32), "scale": torch.tensor(3.0)}
     tree = {"pair": Pair(torch.arange(4), [torch.arange(4.0)]), "names": ["a", "b", "c", "d"], "scale": 2.0}
     cut = rows(tree, 1, 3)
     assert (cut["pair"].left.tolist(), cut["pair"].right[0].tolist()) == ([1, 2], [1, 2])

@@ -192,3 +192,33 @@ def test_a_tasks_own_settings_are_built_as_they_are_declared() -> None:
     for wrong in ({"sizes": [5, 6]}, {"size": "large"}):
         with pytest.raises(SettingsError, match=r"(?s)^options: .*size"):
             build_options(_Options, wrong)
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """Settings of a task."""
+
+    inner: _Inner = field(default_factory=_Inner)
+
+
+def test_no_file_stands_for_a_part_of_a_tasks_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would check whose it is."""
+    monkeypatch.setattr("lockstep.settings.reading._options_of", lambda _: _Nested)
+    (tmp_path / "theirs.yaml").write_text("depth: 7\n")
+    typed = ["--task", "my.Task", "--options.inner", str(tmp_path / "theirs.yaml")]
+    with pytest.raises(SettingsError, match="a file of settings is read by --config alone"):
+        parse_settings(typed)
+    (tmp_path / "mine.yaml").write_text(f"task: my.Task\noptions: {{inner: {tmp_path / 'theirs.yaml'}}}\n")
+    with pytest.raises(SettingsError, match="it must say itself what is in that group"):
+        parse_settings(["--config", str(tmp_path / "mine.yaml")])
+    assert parse_settings(["--task", "my.Task", "--options.inner.depth", "3"])[0].options == {"inner": {"depth": 3}}
+
+
+def test_saved_settings_of_a_task_that_it_no_longer_has_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lockstep.settings.reading._options_of", lambda _: _Nested)
+    saved = dump_settings(Settings(task="my.Task", options={"gone": 3}))
+    (tmp_path / "settings.yaml").write_text(saved)
+    with pytest.raises(SettingsError, match="gone"):
+        parse_settings(["--resume", "--run_dir", str(tmp_path)])

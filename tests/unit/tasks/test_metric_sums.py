@@ -23,6 +23,12 @@ def test_means_and_counts_come_back_from_the_sums_of_batches() -> None:
     assert counts["pairs"].tolist() == [[2, 1], [2, 4]]
 
 
+def test_the_order_of_a_batchs_metrics_does_not_matter() -> None:
+    """A user's may come from a set, whose order differs from process to process."""
+    layout = MetricLayout.of({"a": (1.0, 2), "b": (3.0, 4)})
+    assert layout.pack({"b": (3.0, 4), "a": (1.0, 2)}, CPU).tolist() == [1, 2, 3, 4]
+
+
 def test_metrics_that_change_are_told() -> None:
     layout = MetricLayout.of({"loss": (1.0, 1)})
     with pytest.raises(UserCodeError, match="all need the same"):
