@@ -12,6 +12,7 @@ loaded again, and its outputs must equal the model's. `model.safetensors`, which
 import argparse
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lockstep.comm.cluster import Cluster
 from lockstep.comm.program import run_program
 from lockstep.data.batch import Tree, map_tensors, named_tensors, tensors_of
 from lockstep.data.tree_set import as_dtype
-from lockstep.models.block_sequence import apply
+from lockstep.models.block_sequence import BlockSequence, apply
 from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import LockstepError, SettingsError
 from lockstep.settings.reading import SETTINGS_FILE
@@ -116,7 +117,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _traced(model: nn.Module, examples: Tree) -> torch.export.ExportedProgram:
     """Trace the network of one argument, for batches of any size."""
     batch = torch.export.Dim("batch")
-    one = model if isinstance(examples, Tensor) else _OfOneArgument(model).eval()
+    one: nn.Module = _OfOneArgument(model).eval()
+    if isinstance(examples, Tensor):
+        one = nn.Sequential(OrderedDict(model.named_children())).eval() if isinstance(model, BlockSequence) else model
     return torch.export.export(one, (examples,), dynamic_shapes=(map_tensors(lambda _: {0: batch}, examples),))
 
 

@@ -111,8 +111,8 @@ def test_an_error_of_one_rank_ends_the_job(tmp_path: Path) -> None:
         """,
         num_ranks=2,
     )
-    assert finished.returncode == 1, finished.output
-    assert "rank 1" in finished.stderr
+    assert finished.returncode == 9, finished.output
+    assert "rank 1: an error in your own code" in finished.stderr
     assert "a mistake of the user's" in finished.stderr
     assert finished.seconds < 60
 

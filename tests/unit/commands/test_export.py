@@ -39,10 +39,10 @@ def _model(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
     if name in IMAGES:
         settings, image = IMAGES[name]
-        model = nn.Sequential(OrderedDict(classifier_blocks(settings, image, num_classes=10)))
+        model = BlockSequence(OrderedDict(classifier_blocks(settings, image, num_classes=10)))
         return model.eval(), torch.randn(3, *image)
     settings, observation, space = POLICIES[name]
-    model = nn.Sequential(OrderedDict(policy_blocks(settings, observation, build_actions(space))))
+    model = BlockSequence(OrderedDict(policy_blocks(settings, observation, build_actions(space))))
     return model.eval(), torch.randn(3, *observation)
 
 
