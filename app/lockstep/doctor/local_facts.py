@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -165,12 +166,12 @@ def load_libraries() -> Libraries | Unknown:
 def find_mpi() -> str | Unknown:
     """The path of the MPI library that the dynamic linker would load for mpi4py. Nothing is loaded."""
     for library in _files_of("mpi4py", "MPI*.so"):
-        lines = [line.split() for line in output_of(("ldd", str(library))).splitlines()]
-        found = [fields for fields in lines if fields and fields[0].startswith(MPI_LIBRARIES)]
-        if found and found[0][1:3] == ["=>", "not"]:
+        lines = re.findall(r"^\s*(\S+) => (.*?)(?: \(0x\w+\))?$", output_of(("ldd", str(library))), flags=re.MULTILINE)
+        found = [(name, path) for name, path in lines if name.startswith(MPI_LIBRARIES)]
+        if found and found[0][1] == "not found":
             return Unknown(f"{found[0][0]}, which mpi4py needs, is not found")
         if found:
-            return found[0][2]
+            return str(found[0][1])
     return Unknown("mpi4py is not installed")
 
 

@@ -250,6 +250,7 @@ def archive_of(path: Path, *members: tuple[str, bytes]) -> Path:
         for name, kind in members:
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
+            member.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
             member.size = 4 if kind == tarfile.REGTYPE else 0
             tar.addfile(member, io.BytesIO(b"text") if member.size else None)
     return path
