@@ -56,7 +56,8 @@ def test_a_broken_image_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
     _make_folder(tmp_path / "images")
     (tmp_path / "images" / "train" / "dogs" / "7.jpg").write_bytes(b"no picture")
     before = _workers()
-    train = f"mpirun -np 2 python {shlex.quote(str(ROOT))}/app/train.py {FOLDER} --data.num_workers 1 --num_epochs 1 --run_dir run"
+    settings = f"{FOLDER} --data.num_workers 1 --num_epochs 1 --run_dir run"
+    train = f"mpirun -np 2 python {shlex.quote(str(ROOT))}/app/train.py {settings}"
     finished = launch(train, cwd=tmp_path)
     assert finished.returncode == 3, finished.output
     assert "dogs/7.jpg cannot be used" in finished.output
