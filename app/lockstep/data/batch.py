@@ -17,13 +17,16 @@ such as texts, are kept as they are."""
 
 def map_tensors(change: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """Apply `change` to every tensor of `tree`."""
-    if isinstance(tree, Tensor):
-        return change(tree)
+    return map_leaves(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def map_leaves(change: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Apply `change` to every leaf of `tree`."""
     if isinstance(tree, Mapping):
-        return {name: map_tensors(change, value) for name, value in tree.items()}
+        return {name: map_leaves(change, value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return _like(tree, [map_tensors(change, value) for value in tree])
-    return tree
+        return _like(tree, [map_leaves(change, value) for value in tree])
+    return change(tree)
 
 
 def rows(tree: Tree, start: int, stop: int) -> Tree:

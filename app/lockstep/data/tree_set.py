@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lockstep.data.batch import Tree, leaves_of, map_tensors, tensors_of
+from lockstep.data.batch import Tree, leaves_of, map_leaves, map_tensors, tensors_of
 from lockstep.data.item_reader import ItemReader, Key
 from lockstep.data.sharding import Ids, content_hash
 from lockstep.runtime.errors import DataError, LockstepError
@@ -120,7 +120,7 @@ def as_data_set(value: Any, name: str, collate: Collate = default_collate, num_w
     if isinstance(value, (*kinds, Mapping, tuple)) and any(isinstance(leaf, kinds) for leaf in leaves_of(value)):
         if others := [type(leaf).__name__ for leaf in leaves_of(value) if not isinstance(leaf, kinds)]:
             raise DataError(f"{name} gave tensors and {others[0]}: each part must be a tensor or an array")
-        value = _from_arrays(value)
+        value = map_leaves(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
         tensors = [*tensors_of(value)]
         if len(lengths := {len(tensor) if tensor.dim() else 0 for tensor in tensors}) > 1:
             raise DataError(f"{name} gave tensors of {sorted(lengths)} rows: each needs one row for each sample")
@@ -137,15 +137,6 @@ def as_data_set(value: Any, name: str, collate: Collate = default_collate, num_w
     if not len(found):
         raise DataError(f"{name} gave a data set without samples")
     return found
-
-
-def _from_arrays(tree: Tree) -> Tree:
-    """Make a tensor of every array of `tree`."""
-    if isinstance(tree, np.ndarray):
-        return torch.from_numpy(tree)
-    if isinstance(tree, Mapping):
-        return {name: _from_arrays(value) for name, value in tree.items()}
-    return tuple(map(_from_arrays, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def split_by_hash(num_samples: int, share: float, seed: int) -> tuple[Ids, Ids]:
