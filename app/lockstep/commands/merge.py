@@ -7,6 +7,7 @@ It merges one tensor at a time, and needs memory for the largest one only. `lock
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lockstep.runtime.command_line import command_parser
 from lockstep.runtime.errors import SettingsError, StorageError, run_alone
 from lockstep.training.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, verify_checkpoint
 from lockstep.training.model_file import TensorFileWriter
-from lockstep.training.run_folder import MODEL, replacing
+from lockstep.training.run_folder import MODEL, SUMMARY, replacing
 
 PREFIX = "model/"
 AVERAGE_PREFIX = f"optimizer/{AVERAGE}/"
@@ -32,7 +33,8 @@ def run() -> None:
         StorageError: the checkpoint is damaged, or the file cannot be written.
     """
     arguments = _parse_args()
-    checkpoint = _find(arguments.run, arguments.step)
+    step = _best_update(arguments.run) if arguments.step is None else arguments.step
+    checkpoint = _find(arguments.run, step)
     out = arguments.out or arguments.run / (MODEL if arguments.step is None else f"model-{checkpoint.step}.safetensors")
     digest = merge_checkpoint(checkpoint, out)
     print(f"Merged the model after update {checkpoint.step}: {out}, {out.stat().st_size:,} bytes, digest {digest}")
@@ -82,6 +84,13 @@ def _meta_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return torch.empty(checkpoint.shapes[name], dtype=checkpoint.read(name, 0, 0).dtype, device="meta")
 
 
+def _best_update(run: Path) -> int | None:
+    """Read which checkpoint a finished run has merged as its best; None if it has not chosen one."""
+    summary = run / SUMMARY
+    best = json.loads(summary.read_text()).get("best") if summary.exists() else None
+    return int(best["update"]) if best else None
+
+
 def _find(run: Path, step: int | None) -> Checkpoint:
     if step is None:
         found = latest_checkpoint(run, tell=print)
@@ -96,7 +105,11 @@ def _find(run: Path, step: int | None) -> Checkpoint:
 def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("merge", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/latest")
-    parser.add_argument("--step", type=int, help="the checkpoint after this update (default: the last complete one)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="the checkpoint after this update (default: the best, if the run has chosen one, else the last complete one)",
+    )
     parser.add_argument(
         "--out", type=Path, help=f"the file to write (default: {MODEL}, or model-STEP.safetensors, in the run's folder)"
     )

@@ -58,6 +58,8 @@ def test_an_early_stop_and_the_best_model_are_the_same_over_a_kill(tmp_path: Pat
     merge = launch(f"lockstep merge stopped --step {best['update']} --out best.safetensors", cwd=tmp_path)
     assert merge.returncode == 0, merge.output
     assert summaries[0]["model_digest"] in merge.stdout
+    again = launch("lockstep merge stopped", cwd=tmp_path)  # the best, too, in place of the last
+    assert summaries[0]["model_digest"] in again.stdout, again.output
 
 
 KILLER = """
