@@ -108,7 +108,7 @@ def _parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--step",
         type=int,
-        help="the checkpoint after this update (default: the best, if the run has chosen one, else the last complete one)",
+        help="the checkpoint after this update (default: the best, if the run has chosen one, else the last one)",
     )
     parser.add_argument(
         "--out", type=Path, help=f"the file to write (default: {MODEL}, or model-STEP.safetensors, in the run's folder)"
